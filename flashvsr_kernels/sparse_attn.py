@@ -1,0 +1,110 @@
+"""Attention over the 128x128 blocks that a mask marks."""
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from .backends import Backend, pick, register
+from .block_mask import BLOCK, BlockMask
+
+_lib = torch.library.Library("flashvsr", "FRAGMENT")
+
+
+def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, scale: float | None = None,
+                return_lse: bool = False, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the key blocks that mask marks; a query block with none gives zeros.
+
+    q: (B, Lq, H, D), D 64 or 128    k, v: (B, Lk, H, D)    any strides with a contiguous last dimension
+       bf16 or fp16; on a CPU also float32 and float64. The last block of queries or keys may be partial.
+    mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
+    scale: of the scores, 1 / sqrt(D) if None
+    backend: "cpu" (C++), "reference" (PyTorch), or None for the first of them that can run the call
+    Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32 (B, H, Lq),
+    -inf where a row has no key. Differentiable in q, k and v, not through lse.
+    Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
+    """
+    if q.ndim != 4 or q.shape[3] not in (64, 128):
+        raise ValueError(f"q must be (B, Lq, H, D) with D 64 or 128, got {tuple(q.shape)}")
+    B, Lq, H, D = q.shape
+    if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (B, H, D):
+        raise ValueError(f"k and v must both be ({B}, Lk, {H}, {D}) for q {tuple(q.shape)}, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise ValueError("q, k and v must be contiguous in their last dimension, got strides "
+                         f"{q.stride()}, {k.stride()} and {v.stride()}")
+    blocks = (B, H, -(-Lq // BLOCK), -(-k.shape[1] // BLOCK))
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool or mask.shape != blocks:
+            raise ValueError(f"mask must be bool {blocks} for q {tuple(q.shape)} and k {tuple(k.shape)}, "
+                             f"got {mask.dtype} {tuple(mask.shape)}")
+        mask = BlockMask.from_dense(mask)
+    elif (*mask.count.shape, mask.key_blocks) != blocks:
+        raise ValueError(f"mask must be for {blocks} blocks, got one for {(*mask.count.shape, mask.key_blocks)}")
+    if mask.index.device != q.device:
+        raise ValueError(f"mask must be on {q.device}, got {mask.index.device}")
+    out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count, D ** -0.5 if scale is None else scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    dense = BlockMask(index, count, count, -(-k.shape[1] // BLOCK)).to_dense()
+    return reference.sparse_attn(q, k, v, dense, scale)
+
+
+def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.flashvsr.sparse_attn_cpu(q, k, v, index, count, scale)
+
+
+def _cpu_supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"runs on a CPU, q is on {q.device}"
+    return None if q.dtype in (torch.float32, torch.float64, torch.bfloat16) else f"has no {q.dtype}"
+
+
+register("sparse_attn", Backend("cpu", _run_cpu, _native.available, _cpu_supports), Backend("reference", _run_reference))
+
+_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, str? backend) "
+            "-> (Tensor, Tensor)")
+_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale) "
+            "-> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
+def _forward(q, k, v, index, count, scale, backend):
+    return pick("sparse_attn", backend, q, k, v).run(q, k, v, index, count, scale)
+
+
+@torch.library.register_fake("flashvsr::sparse_attn", lib=_lib)
+def _forward_fake(q, k, v, index, count, scale, backend):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.impl(_lib, "sparse_attn_backward", "CompositeExplicitAutograd")
+def _backward(grad, q, k, v, index, count, scale):
+    # The gradient of the reference, recomputed: no backend has a backward of its own yet.
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, _ = _run_reference(*leaves, index, count, scale)
+        return torch.autograd.grad(out, leaves, grad)
+
+
+@torch.library.register_fake("flashvsr::sparse_attn_backward", lib=_lib)
+def _backward_fake(grad, q, k, v, index, count, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, index, count, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, index, count)
+    ctx.scale = scale
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad, _):
+    return *torch.ops.flashvsr.sparse_attn_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None
+
+
+torch.library.register_autograd("flashvsr::sparse_attn", _autograd, setup_context=_setup_context, lib=_lib)
