@@ -103,18 +103,36 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     if past is not None:
         x = torch.cat([x, past], -1)
     x = x.permute(0, 3, 1, 2)  # NHWC memory is what PyTorch calls channels_last
-    if upsample == 2:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-    y = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1)
+    with _full_float32():
+        if upsample == 2:
+            y = F.conv_transpose2d(x, _fold_nearest(weight), bias, stride=2, padding=1)
+        else:
+            y = F.conv2d(x, weight, bias, padding=1)
+    y = y.permute(0, 2, 3, 1)
     if residual is not None:
         y = y.add_(residual)  # in place: nothing else holds the convolution's output
     return y.relu_() if relu else y
 
 
+def _fold_nearest(weight: Tensor) -> Tensor:
+    """Nearest enlargement by 2 and a 3x3 convolution are one transposed 4x4 convolution: 4 taps a pixel instead of 9."""
+    O, C = weight.shape[:2]
+    taps = weight.to(_accumulate(weight)).reshape(O * C, 1, 3, 3).flip(2, 3)
+    return F.conv2d(taps, taps.new_ones(1, 1, 2, 2), padding=1).view(O, C, 4, 4).transpose(0, 1).to(weight.dtype)
+
+
 def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tensor:
     x = torch.cat([tail, x], 1).permute(0, 4, 1, 2, 3)
     x = F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
-    return F.conv3d(x, weight, bias, stride=(2, 1, 1)).permute(0, 2, 3, 4, 1)
+    with _full_float32():
+        return F.conv3d(x, weight, bias, stride=(2, 1, 1)).permute(0, 2, 3, 4, 1)
+
+
+def _full_float32():
+    """cuDNN rounds float32 operands to TF32 unless told not to."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, benchmark_limit=cudnn.benchmark_limit,
+                       deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

@@ -91,7 +91,7 @@ _OFFICIAL = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, text_dim=4
 PRESETS = {
     "v1": FlashVSRConfig(version="v1", **_OFFICIAL),
     "v1.1": FlashVSRConfig(version="v1.1", **_OFFICIAL),
-    "compact": FlashVSRConfig(version="v1.1", dim=192, num_heads=3, num_layers=4, ffn_dim=512, text_dim=32, freq_dim=64,
-                              context_len=8, lq_hidden=(64, 128), decoder_channels=(96, 64, 40, 24),
+    "compact": FlashVSRConfig(version="v1.1", dim=128, num_heads=2, num_layers=4, ffn_dim=512, text_dim=16, freq_dim=64,
+                              context_len=4, lq_hidden=(40, 96), decoder_channels=(112, 64, 32, 16),
                               sparse_ratio=0.25, local_range=3, color="none", noise=0.0),
 }

@@ -99,13 +99,13 @@ class StreamingUpscaler:
     def step(self, state: StreamState, frames: Tensor) -> Iterator[Tensor]:
         """One chunk of the model itself.
 
-        frames: (25, H, W, 3) for the first chunk, then (12, H, W, 3) of which 4 were the last of the chunk before;
+        frames: (B, 25, H, W, 3) for the first chunk, then (B, 12, H, W, 3) of which 4 were the last of the chunk before;
         enlarged and padded to multiples of 128, in [-1, 1]
-        Yields (t, H, W, 3), about [-1, 1] and unclamped, without colour matching: 21 frames in all, then 8.
+        Yields (B, t, H, W, 3), about [-1, 1] and unclamped, without colour matching: 21 frames in all, then 8.
         """
         g, first = state.geometry, state.chunk == 0
         latents = FIRST_LATENTS if first else 2
-        frames = frames.to(self.device, self.dtype)[None]
+        frames = frames.to(self.device, self.dtype)
         if first:
             self.lq_proj.prime(frames[:, :1], state.lq_tail)
         clips = frames[:, 1 if first else LOOKAHEAD:].split(LATENT_FRAMES, 1)
@@ -117,7 +117,8 @@ class StreamingUpscaler:
             state.kv.shift_time(state.time - now, self.config.rope_split[0])
             state.time = now
         (rows, cols), local = self._size(g)
-        noise = self.noise(state.chunk, (1, self.config.latent_channels, latents, g.padded_height // 8, g.padded_width // 8))
+        noise = self.noise(state.chunk, (len(frames), self.config.latent_channels, latents, g.padded_height // 8,
+                                         g.padded_width // 8))
         state.kv.begin(latents // 2, g.slice_blocks)
         tables = self._time_table[state.time:state.time + latents], rows, cols
         latent = noise - self.dit(noise, lq, tables, state.kv, local, self.config.topk(g.padded_height, g.padded_width))
@@ -130,8 +131,8 @@ class StreamingUpscaler:
             cond = torch.cat([cond[:, :1].expand(-1, 3, -1, -1, -1), cond], 1)
         for i in range(0, latents, 2):  # two latents at a time bound the memory of full-size activations
             part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 2)]
-            decoded = self.decoder(latent[:, :, i:i + 2], part, state.decoder)[0]
-            yield (decoded[3:] if first and i == 0 else decoded) * 2 - 1
+            decoded = self.decoder(latent[:, :, i:i + 2], part, state.decoder)
+            yield (decoded[:, 3:] if first and i == 0 else decoded) * 2 - 1
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
         """What the one step of a chunk starts from; the same on every device."""
@@ -176,7 +177,7 @@ class StreamingUpscaler:
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
         state.held = LOOKAHEAD
         ready, done = [], 0
-        for frames in self.step(state, padded):
+        for (frames,) in self.step(state, padded[None]):
             frames = frames[:, :SCALE * g.height, :SCALE * g.width]
             frames = match_color(frames, source[done:done + len(frames)], self.config.color)
             ready.append(self._finish(frames, state.out_dtype))

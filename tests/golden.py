@@ -100,7 +100,7 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
     with mock.patch.object(dit, "lcsa_mask", record_mask), torch.no_grad():
         for source in chunks(clip):
             done = 0
-            for part in upscaler.step(state, source):
+            for (part,) in upscaler.step(state, source[None]):
                 frames.append(match_color(part, source[done:done + len(part)].to(part), config.color).clamp(-1, 1).cpu())
                 done += len(part)
     whole = torch.cat(frames).permute(3, 0, 1, 2)
