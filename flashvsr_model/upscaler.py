@@ -138,7 +138,8 @@ class StreamingUpscaler:
         """What the one step of a chunk starts from; the same on every device."""
         if self.config.noise == 0:
             return torch.zeros(shape, device=self.device, dtype=self.dtype)
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + chunk)
+        # The generator looks at 32 bits only: seeds are spread over them, chunks follow one another.
+        generator = torch.Generator().manual_seed((self.config.seed * 2654435761 + chunk) % 2**32)
         return (torch.randn(shape, generator=generator) * self.config.noise).to(self.device, self.dtype)
 
     def _size(self, g: Geometry) -> tuple[tuple[Tensor, Tensor], Tensor]:
