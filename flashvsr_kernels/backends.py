@@ -16,7 +16,7 @@ class Backend:
     name: as in the op's backend argument: "cpu", "triton", "hopper", "cuda", "reference"
     run: the implementation; its signature is the op file's affair
     available: None if it can run on this machine, else the reason in one line; takes nothing
-    supports: None if it can run a call, else the reason in one line; takes the facts that the op gives to pick
+    supports: None if it can run a call, else the reason in one line; takes the facts that pick is given
     """
 
     name: str
@@ -44,12 +44,13 @@ def pick(op: str, backend: str | None, *facts: Any) -> Backend:
 
     backend: a name in the op's table; None takes the first, best first, that can run the call
     facts: what supports of each backend is called with, such as the tensors
-    Raises ValueError if op has no such backend, NotImplementedError with every backend's reason if none can run.
+    Raises ValueError if op has no such backend, NotImplementedError with each backend's reason if none runs.
     """
     table = _tables[op]
     wanted = [b for b in table if backend is None or b.name == backend]
     if not wanted:
-        raise ValueError(f"backend of {op} must be one of {', '.join(b.name for b in table)} or None, got {backend!r}")
+        names = ", ".join(b.name for b in table)
+        raise ValueError(f"backend of {op} must be one of {names} or None, got {backend!r}")
     refusals = []
     for candidate in wanted:
         reason = candidate.refusal(*facts)
@@ -62,5 +63,5 @@ def pick(op: str, backend: str | None, *facts: Any) -> Backend:
 
 
 def backends() -> dict[str, dict[str, str | None]]:
-    """For each op its backends, best first: None if that one can run on this machine, else the reason why not."""
+    """For each op its backends, best first: None if one can run on this machine, else the reason why not."""
     return {op: {b.name: b.available() for b in table} for op, table in _tables.items()}

@@ -17,7 +17,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        bf16 or fp16; on a CPU also float32 and float64. The last block of queries or keys may be partial.
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
-    backend: "cpu" (C++), "reference" (PyTorch), or None for the first of them that can run the call
+    backend: "cpu" (C++), "cuda" (CUDA C++, sm_80 up, bf16 and fp16), "reference" (PyTorch), or None for the first of them
+       that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32 (B, H, Lq),
     -inf where a row has no key. Differentiable in q, k and v, not through lse.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
@@ -58,13 +59,31 @@ def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scal
     return torch.ops.flashvsr.sparse_attn_cpu(q, k, v, index, count, scale)
 
 
-def _cpu_supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _run_cuda(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, index, count, scale)
+
+
+def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if q.device.type != "cpu":
         return f"runs on a CPU, q is on {q.device}"
     return None if q.dtype in (torch.float32, torch.float64, torch.bfloat16) else f"has no {q.dtype}"
 
 
-register("sparse_attn", Backend("cpu", _run_cpu, _native.available, _cpu_supports), Backend("reference", _run_reference))
+def _cuda_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    if q.device.type != "cuda":
+        return f"runs on a CUDA device, q is on {q.device}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"has no {q.dtype}"
+    if scale <= 0:
+        return f"scale must be positive, is {scale}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
+            return f"rows of {name} must be 16-byte aligned, its strides are {x.stride()}"
+    return None
+
+
+register("sparse_attn", Backend("cpu", _run_cpu, _native.available, _cpu_supports),
+         Backend("cuda", _run_cuda, _native.cuda_available, _cuda_supports), Backend("reference", _run_reference))
 
 _lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, str? backend) "
             "-> (Tensor, Tensor)")
@@ -74,7 +93,7 @@ _lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Ten
 
 @torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
 def _forward(q, k, v, index, count, scale, backend):
-    return pick("sparse_attn", backend, q, k, v).run(q, k, v, index, count, scale)
+    return pick("sparse_attn", backend, q, k, v, scale).run(q, k, v, index, count, scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn", lib=_lib)

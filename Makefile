@@ -1,0 +1,58 @@
+# make demo, make test: each does all its set-up in .venv first, and repeats quickly.
+#   make PYTHON=python3.12 test      another Python
+#   make TORCH_INDEX=URL test        an index to take torch from, such as PyTorch's own for CPUs
+# With a C++ compiler the native kernels are built, with nvcc the CUDA ones: setup.py has the switches.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+READY := $(VENV)/ready
+# Some interpreted work is fastest on one BLAS thread; C++ and PyTorch use all cores unless told otherwise.
+TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)}
+
+.PHONY: demo test clean
+demo: $(READY)
+	$(RUN) -m flashvsr_model demo
+
+test: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info flashvsr_kernels/*.so
+
+# torch: kept if .venv has it. A Python that has torch>=2.11 lends all that is installed beside it to .venv (by a
+# .pth file, as that Python may be a virtual environment itself): a GPU machine without a package index needs none.
+# A new .venv's own, old setuptools would hide the lent one.
+# Otherwise the newest torch where there is an NVIDIA GPU, else the CPU build if the index has one, else the full.
+$(READY): pyproject.toml setup.py $(shell find csrc -type f)
+	@if ! test -x $(RUN); then \
+	  echo "flashvsr: making $(VENV)"; \
+	  $(PYTHON) -m venv $(VENV); \
+	  $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11); \
+	    print(torch.__file__.rsplit("/", 2)[0])' >$(VENV)/lent 2>/dev/null \
+	    && $(PIP) uninstall -q -y setuptools 2>/dev/null \
+	    && mv $(VENV)/lent $$(echo $(VENV)/lib/python3*/site-packages)/lent.pth || rm -f $(VENV)/lent; \
+	fi
+	@index="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"; \
+	if $(RUN) -c 'import torch' 2>/dev/null; then echo "flashvsr: torch is here"; \
+	elif nvidia-smi >/dev/null 2>&1; then $(PIP) install -q $$index torch; \
+	elif $(PIP) install -q $$index "$(TORCH)+cpu" 2>/dev/null; then echo "flashvsr: torch for CPUs installed"; \
+	else echo "flashvsr: the index has no CPU build of torch; installing $(TORCH), maybe several GB"; \
+	  $(PIP) install -q $$index "$(TORCH)"; fi
+	@$(RUN) -c 'import setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77' 2>/dev/null \
+	  || $(PIP) install -q 'setuptools>=77,<82'
+	@$(RUN) -c 'import ninja' 2>/dev/null || $(PIP) install -q ninja || echo "flashvsr: building without ninja"
+	@if ! $(PIP) install -v --no-build-isolation -e '.[test]' >$(VENV)/install.log 2>&1; then \
+	  grep -qE 'No matching distribution|Could not find a version' $(VENV)/install.log \
+	    || { tail -30 $(VENV)/install.log; exit 1; }; \
+	  echo "flashvsr: some packages cannot be had from the index; installing without them:"; \
+	  $(PIP) install -v --no-build-isolation --no-deps -e . >$(VENV)/install.log 2>&1 \
+	    || { tail -30 $(VENV)/install.log; exit 1; }; \
+	  $(PIP) check || true; \
+	fi
+	@grep -E '^ *flashvsr [0-9]' $(VENV)/install.log | tail -1
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measurements: quality of the pictures, speed of the ops and of the model."""

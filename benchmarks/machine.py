@@ -1,0 +1,46 @@
+"""What a measurement ran on: said first by every benchmark, kept in its JSON."""
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "av", "pillow", "scipy", "imageio-ffmpeg")
+
+
+def describe() -> dict[str, str]:
+    """Processor and GPU, thread count, versions of what was installed, and the repository's commit."""
+    facts = {"cpu": f"{cpu_name()} ({os.cpu_count()} threads, torch uses {torch.get_num_threads()})"}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts | {"commit": commit()}
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it, else the machine type."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+             if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The short commit, with "+" if tracked files differ from it, or "unknown" outside a git repository."""
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")

@@ -1,0 +1,31 @@
+// Plain structs handed from the bindings to the kernels. No torch header here.
+#pragma once
+#include <cstdint>
+
+namespace flashvsr {
+
+constexpr int kBlock = 128;  // rows of a query block, keys of a key block
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// Strides count elements; the last dimension (D) is contiguous.
+struct Strides {
+  int64_t batch, row, head;
+};
+
+// Attention over listed key blocks: query block (b, h, i) attends to key blocks index[b, h, i, 0 .. count[b,
+// h, i]).
+struct SparseAttnParams {
+  const void *q, *k, *v;  // (B, Lq, H, D), (B, Lk, H, D)
+  void* out;              // (B, Lq, H, D), contiguous
+  float* lse;             // (B, H, Lq), contiguous, natural logarithm
+  const int32_t* index;   // (B, H, Mq, cap), contiguous
+  const int32_t* count;   // (B, H, Mq), contiguous
+  Strides q_strides, k_strides, v_strides;
+  int64_t batches, heads, q_len, k_len, q_blocks, k_blocks, cap;
+  int dim;  // D: 64 or 128
+  DType dtype;
+  double scale;
+};
+
+}  // namespace flashvsr

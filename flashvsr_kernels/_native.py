@@ -1,0 +1,53 @@
+"""The compiled part: the ops of flashvsr_kernels._C, and the facts of their build (flashvsr_kernels._build)."""
+
+import importlib
+import importlib.util
+
+import torch
+
+_BUILD = "install torch>=2.11, setuptools>=77 and a C++ compiler, then: pip install --no-build-isolation ."
+
+
+def _load() -> str | None:
+    spec = importlib.util.find_spec("flashvsr_kernels._C")
+    if spec is None:
+        return f"flashvsr_kernels._C is not built ({_BUILD})"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"flashvsr_kernels._C does not load ({error}); build it again: {_BUILD}"
+    return None
+
+
+_refusal = _load()
+
+
+def available() -> str | None:
+    """None if the C++ op flashvsr::sparse_attn_cpu can be called, else the reason in one line."""
+    return _refusal or _has("sparse_attn_cpu", "C++", "FLASHVSR_BUILD_CPU")
+
+
+def cuda_available() -> str | None:
+    """None if the CUDA op flashvsr::sparse_attn_cuda can run on this GPU, else the reason in one line."""
+    reason = _refusal or _has("sparse_attn_cuda", "CUDA", "FLASHVSR_BUILD_CUDA")
+    if reason is None and not torch.cuda.is_available():
+        reason = "no CUDA device, or this torch is built without CUDA"
+    if reason is None and torch.cuda.get_device_capability() < (8, 0):
+        reason = f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
+    return reason
+
+
+def _has(op: str, part: str, switch: str) -> str | None:
+    if hasattr(torch.ops.flashvsr, op):
+        return None
+    return f"flashvsr_kernels._C is built without {part} kernels (build it again with {switch}=1)"
+
+
+def facts() -> dict[str, str | list[str]]:
+    """What was compiled: version, torch, compiler, cpu (instruction sets), nvcc and cuda (architectures).
+
+    "" or [] where a part is not built; {"missing": the reason} where the module with the facts is not built.
+    """
+    if importlib.util.find_spec("flashvsr_kernels._build") is None:
+        return {"missing": f"flashvsr_kernels._build is not built (it also needs Python.h: {_BUILD})"}
+    return importlib.import_module("flashvsr_kernels._build").facts()

@@ -1,0 +1,138 @@
+"""The CUDA C++ op sparse_attn_cuda (sm_80 and newer) against float64."""
+import math
+
+import pytest
+import torch
+
+from flashvsr_kernels import BlockMask, _native, reference
+
+REFUSAL = _native.cuda_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
+NAN = float("nan")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = {"whole blocks": (256, 384, 128), "partial blocks": (300, 515, 128), "odd pairs": (129, 127, 64),
+          "one": (1, 1, 64), "33 keys": (70, 33, 128), "65 keys": (70, 65, 64), "many": (1024, 4096, 128),
+          "many D 64": (1024, 4096, 64)}
+
+
+def call(q, k, v, mask, scale=None):
+    lists = BlockMask.from_dense(mask)
+    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count,
+                                               q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def make(Lq, Lk, D, dtype, B=2, H=3, density=0.6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, L, H, D, generator=g).to("cuda", dtype) for L in (Lq, Lk, Lk))
+    return q, k, v, (torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density).cuda()
+
+
+def check(out, lse, q, k, v, mask, scale=None):
+    """The error rule: maximum and RMS error each at most twice plain PyTorch's at the same dtype, + 1e-5."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    exact, exact_lse = reference.sparse_attn(q.double(), k.double(), v.double(), mask, scale)
+    native = (reference.sparse_attn(q, k, v, mask, scale)[0].double() - exact).abs()
+    ours = (out.double() - exact).abs()
+    assert ours.max() <= 2 * native.max() + 1e-5
+    assert ours.square().mean().sqrt() <= 2 * native.square().mean().sqrt() + 1e-5
+    torch.testing.assert_close(lse, exact_lse.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_float64_reference(dtype, shape):
+    q, k, v, mask = make(*shape, dtype)
+    out, lse = call(q, k, v, mask)
+    assert out.shape == q.shape and out.dtype == dtype and out.is_contiguous() and lse.dtype == torch.float32
+    check(out, lse, q, k, v, mask)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_scale(dtype, scale):
+    q, k, v, mask = make(300, 515, 128, dtype)
+    check(*call(q, k, v, mask, scale), q, k, v, mask, scale)
+
+
+@pytest.mark.parametrize("layout", ["one tensor of q, k and v", "heads before rows", "padded rows"])
+def test_strides(layout):
+    q, k, v, mask = make(300, 300, 64, torch.bfloat16)
+    if layout == "one tensor of q, k and v":
+        views = torch.stack([q, k, v], 2).unbind(2)
+    elif layout == "heads before rows":
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    else:
+        views = [torch.nn.functional.pad(x, (8, 16), value=NAN)[..., 8:-16] for x in (q, k, v)]
+    assert not any(x.is_contiguous() for x in views)
+    for got, wanted in zip(call(*views, mask), call(q, k, v, mask)):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_what_must_not_be_read_is_nan(D):
+    Lq, Lk = 140, 400
+    q, k, v, mask = make(Lq, Lk, D, torch.bfloat16)
+    mask[..., 1] = False  # nobody reads key block 1
+    wanted = call(q, k, v, mask)
+    poisoned = []
+    for x, L in ((q, Lq), (k, Lk), (v, Lk)):
+        whole = torch.full((2, L + 200, 3, D), NAN, dtype=x.dtype, device="cuda")
+        whole[:, 100:100 + L] = x
+        poisoned.append(whole[:, 100:100 + L])
+    for x in poisoned[1:]:
+        x[:, 128:256] = NAN
+    for got, expected in zip(call(*poisoned, mask), wanted):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_empty_rows(dtype):
+    q, k, v, mask = make(300, 300, 128, dtype)
+    mask[:, 1, 0] = mask[0, :, 2] = False
+    out, lse = call(q, k, v, mask)
+    rows = (~mask.any(-1)).repeat_interleave(128, 2)[..., :300]
+    assert (lse[rows] == -math.inf).all() and lse[~rows].isfinite().all()
+    assert (out.transpose(1, 2)[rows] == 0).all()
+    check(out, lse, q, k, v, mask)
+
+
+def test_large_scores():
+    q, k, v, mask = make(256, 640, 128, torch.bfloat16)
+    q *= 60
+    check(*call(q, k, v, mask), q, k, v, mask)
+
+
+def test_same_bits_again():
+    q, k, v, mask = make(1024, 2048, 128, torch.bfloat16)
+    first = call(q, k, v, mask)
+    for _ in range(20):
+        for got, wanted in zip(call(q, k, v, mask), first):
+            assert torch.equal(got, wanted)
+
+
+def test_current_stream_and_graph():
+    q, k, v, mask = make(512, 1024, 128, torch.bfloat16)
+    lists = BlockMask.from_dense(mask)
+    wanted, _ = call(q, k, v, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count, 128 ** -0.5)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
+
+
+BAD = {
+    "float32": (lambda q, k, v: (q.float(), k.float(), v.float()), 1.0, "bfloat16 or float16"),
+    "scale": (lambda q, k, v: (q, k, v), -1.0, "scale must be positive"),
+    "alignment": (lambda q, k, v: (torch.nn.functional.pad(q, (1, 0))[..., 1:], k, v), 1.0, "q('s rows)? must be"),
+    "device": (lambda q, k, v: (q, k.cpu(), v), 1.0, "must be on q's device"),
+}
+
+
+@pytest.mark.parametrize("change, scale, words", BAD.values(), ids=BAD.keys())
+def test_errors(change, scale, words):
+    q, k, v, mask = make(128, 128, 64, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=words):
+        call(*change(q, k, v), mask, scale)
