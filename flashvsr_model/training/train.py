@@ -24,12 +24,14 @@ from ..lq_proj import LQProjector
 from ..state import Geometry
 from ..upscaler import StreamingUpscaler
 from ..weights import load_compact, save_compact
+from . import skeleton
 from .data import ClipSource
 from .degradation import degrade
 from .losses import LossWeights, total
 
 
 LOG_STEPS = 100
+FULL_RATE_INPUTS = 64   # weights with more inputs learn at a rate that falls with their number
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Recipe:
     batch: int = 6
     size: int = 256
     frames: int = 41
-    rate: float = 1e-3
-    warmup: float = 0.03
+    rate: float = 6e-4
+    warmup: float = 0.08
     clip_norm: float = 1.0
     average: float = 0.998
     seed: int = 0
@@ -184,21 +186,24 @@ class GradientStep:
             self.seen = self._run(self.source, self.target)
 
 
-def train(config: FlashVSRConfig, pack: Path, recipe: Recipe, weights: dict[str, Tensor], device: torch.device,
+def train(config: FlashVSRConfig, source: ClipSource, recipe: Recipe, weights: dict[str, Tensor], device: torch.device,
           dtype: torch.dtype, log: Callable[[dict, dict[str, Tensor]], None]) -> dict[str, Tensor]:
     """The running average of the weights after recipe.minutes. log: called with figures and that average every 100 steps."""
-    source = ClipSource(pack, device, seed=recipe.seed)
     noise = torch.Generator(device).manual_seed(recipe.seed)
     master = {name: w.to(device, torch.float32).requires_grad_() for name, w in weights.items()}
     average = {name: w.detach().clone() for name, w in master.items()}
     gradients = GradientStep(Trainee(config, device, dtype), master)
-    optimizer = torch.optim.AdamW(master.values(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=1e-4,
-                                  fused=device.type == "cuda")
+    # Adam moves every weight alike, and behind a ReLU all inputs push one way: a step must shrink with their number.
+    groups: dict[float, list[Tensor]] = {}
+    for w in master.values():
+        groups.setdefault(min(1.0, FULL_RATE_INPUTS / math.prod(w.shape[1:])), []).append(w)
+    optimizer = torch.optim.AdamW([{"params": ws, "share": share} for share, ws in groups.items()], lr=recipe.rate,
+                                  betas=(0.9, 0.98), weight_decay=1e-4)
     start, step, parts = time.monotonic(), 0, {}
     while (done := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
-        rate = recipe.rate * min(1, done / recipe.warmup + 0.01) * (0.5 + 0.5 * math.cos(math.pi * done))
+        rate = recipe.rate * min(1, done / recipe.warmup + 0.001) * (0.5 + 0.5 * math.cos(math.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         hr = source.batch(recipe.batch, recipe.frames, recipe.size, recipe.size)
         seen = gradients(enlarge(degrade(hr, noise)), hr)
         norm = nn.utils.clip_grad_norm_(master.values(), recipe.clip_norm)
@@ -230,10 +235,14 @@ def main() -> int:
     args = parser.parse_args()
     recipe = Recipe(args.minutes, args.batch, args.size, args.frames, args.rate, seed=args.seed)
     config, device = PRESETS["compact"], torch.device(args.device)
+    source = ClipSource(args.pack, device, seed=recipe.seed)
     if args.start:
         config, weights = load_compact(args.start)
     else:
         weights = initial(config, torch.Generator().manual_seed(recipe.seed))
+        fitted, psnr = skeleton.fit(config, source, seed=recipe.seed)
+        print(json.dumps({"linear_psnr": round(psnr, 2)}), flush=True)
+        skeleton.lay_in(weights, config, fitted)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.backends.cudnn.benchmark = True
 
@@ -244,7 +253,7 @@ def main() -> int:
 
     def save(average: dict[str, Tensor]) -> None:
         save_compact(args.out, config, {name: w.half().cpu() for name, w in average.items()})
-    save(train(config, args.pack, recipe, weights, device, dtype, log))
+    save(train(config, source, recipe, weights, device, dtype, log))
     return 0
 
 
