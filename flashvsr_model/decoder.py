@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         B, C, T, h, w = latent.shape
         c = cond.view(B, T, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, T, h, w, -1)
         x = torch.cat([c, latent.permute(0, 2, 3, 4, 1)], -1)
-        x = 3 * torch.tanh(x / 3)
+        x = 3 * x.div_(3).tanh_()
         x = conv3x3(x.flatten(0, 1), self.in_weight, self.in_bias, relu=True)
         x = conv3x3(x, self.mid_weight, relu=True).view(B, T, h, w, -1)
         for i, stage in enumerate(self.stages):

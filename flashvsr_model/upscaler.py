@@ -1,5 +1,6 @@
 """Frames in, frames four times as large out, chunk by chunk."""
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ class StreamingUpscaler:
         for i in range(0, latents, 2):  # two latents at a time bound the memory of full-size activations
             part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 2)]
             decoded = self.decoder(latent[:, :, i:i + 2], part, state.decoder)
-            yield (decoded[:, 3:] if first and i == 0 else decoded) * 2 - 1
+            yield (decoded[:, 3:] if first and i == 0 else decoded).mul(2).sub_(1)
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
         """What the one step of a chunk starts from; the same on every device."""
@@ -191,11 +192,14 @@ class StreamingUpscaler:
         """(T, h, w, 3) in 0...255 -> (T, 4h, 4w, 3) in [-1, 1]: Pillow's bicubic, in 8 bits or in float32."""
         _, h, w, _ = frames.shape
         if eight_bit:
-            pictures = [Image.fromarray(f).resize((SCALE * w, SCALE * h), Image.Resampling.BICUBIC)
-                        for f in frames.to(torch.uint8).numpy()]
-            return torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+            def one(frame: np.ndarray) -> Tensor:
+                large = Image.fromarray(frame).resize((SCALE * w, SCALE * h), Image.Resampling.BICUBIC)
+                return torch.from_numpy(np.array(large))
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works outside Python's lock
+                pictures = list(pool.map(one, frames.to(torch.uint8).numpy()))
+            return torch.stack(pictures).float().div_(127.5).sub_(1)
         large = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=SCALE, mode="bicubic", antialias=True)
-        return large.permute(0, 2, 3, 1).clamp(0, 255) / 127.5 - 1
+        return large.permute(0, 2, 3, 1).clamp(0, 255).div_(127.5).sub_(1)
 
     def _finish(self, frames: Tensor, out_dtype: torch.dtype) -> Tensor:
         if out_dtype == torch.float32:

@@ -24,6 +24,7 @@ template <int D>
 constexpr int kTileBytes = kTileKeys<D> * D * 2;
 template <int D>
 constexpr int kSharedBytes = kBlock * D * 2 + 4 * kTileBytes<D>;  // queries, two tiles of keys, two of values
+static_assert(kSharedBytes<128> <= 99 * 1024, "sm_86, 89 and 120 give a block no more");
 
 // Rows of D elements in chunks of 16 bytes; a row's chunks are permuted so that ldmatrix reads 8 rows without
 // conflict. Tiles are aligned to a row, so that 16 rows further is an addition and chunk + n, where chunk is

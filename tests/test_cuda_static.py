@@ -1,0 +1,32 @@
+"""What ptxas makes of the CUDA kernels, for every architecture: no spills, no local memory, registers within bounds.
+
+Needs nvcc but no GPU. Shared memory is held to the smallest architecture's limit by a static_assert in the source.
+"""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+              pytest.mark.skipif(not SOURCES, reason="not run from a source tree")]
+REGISTERS = {"sparse_attn": 255}  # of a thread; two warps a scheduler at 128 threads
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_resources(source, arch, tmp_path):
+    command = [NVCC, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", source, "-o", tmp_path / "out.cubin"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+                         told.stderr, re.S)
+    assert len(kernels) == 4  # bf16 and fp16, D 64 and 128
+    for stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0")
+        assert int(registers) <= REGISTERS[source.stem]
