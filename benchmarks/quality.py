@@ -37,7 +37,8 @@ def load_method(name: str, args: argparse.Namespace) -> Callable[[Tensor], Tenso
         return lambda frames: resize.grow(frames, name)
     if name == "animevideov3":
         return AnimeVideo(args.data / "weights").upscale
-    from flashvsr_model import load_upscaler  # here, so that the baselines run without the model
+    from flashvsr_model import keep_freed_memory, load_upscaler  # here: the baselines run without the model
+    keep_freed_memory()
     upscaler = load_upscaler(args.weights, device=args.device)
     return lambda frames: upscaler.upscale(frames).cpu()
 

@@ -159,22 +159,27 @@ void check_rows(const char* name, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> sparse_attn_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& index, const Tensor& count, double scale) {
+  // Every check comes before the device guard: an error thrown past one crashed on torch 2.11.
+  STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device");
   const int device = q.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
   for (const Tensor* x : {&k, &v, &index, &count})
     STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == device,
                     "k, v, index and count must be on q's device");
-  SparseAttnCall call = check_sparse_attn(q, k, v, index, count, scale);
-  const auto& p = call.params;
-  STD_TORCH_CHECK(p.dtype == DType::bf16 || p.dtype == DType::f16, "q must be bfloat16 or float16 on CUDA");
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
+                  "q must be bfloat16 or float16 on CUDA");
   STD_TORCH_CHECK(scale > 0, "scale must be positive on CUDA, got ", scale);
   check_rows("q", q);
   check_rows("k", k);
   check_rows("v", v);
+  SparseAttnCall call = check_sparse_attn(q, k, v, index, count, scale);
+  const auto& p = call.params;
+  const char* error = nullptr;
   if (p.batches * p.heads * p.q_blocks > 0) {
-    const char* error = flashvsr_sparse_attn_cuda(&p, device, current_stream(device));
-    STD_TORCH_CHECK(error == nullptr, "sparse_attn_cuda was not launched: ", error);
+    void* stream = current_stream(device);
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    error = flashvsr_sparse_attn_cuda(&p, device, stream);
   }
+  STD_TORCH_CHECK(error == nullptr, "sparse_attn_cuda was not launched: ", error ? error : "");
   return {call.out, call.lse};
 }
 

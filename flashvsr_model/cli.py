@@ -16,6 +16,7 @@ from .arguments import make_parser
 from .clip import Clip, error_text
 from .compare import Compare
 from .doctor import report
+from .memory import keep_freed_memory
 from .pictures import PICTURES, FolderWriter
 from .pipeline import Summary, read_ahead, upscale
 from .pixels import UserError

@@ -25,6 +25,8 @@ class FlashVSRConfig:
     color: "adain", "wavelet" or "none"; noise: standard deviation of the noise the one step starts from
     exact_upstream: 8-bit output truncates, as the official code does, instead of rounding
     rope_positions: latents before the temporal positions are rebased
+    margin: output pixels by which the picture is continued on all sides inside the model, so that its border is not the
+    zero padding's; official weights have none
     """
     version: str
     dim: int
@@ -46,6 +48,7 @@ class FlashVSRConfig:
     noise: float = 1.0
     exact_upstream: bool = False
     rope_positions: int = 1024
+    margin: int = 0
 
     def __post_init__(self):
         def need(ok: bool, name: str, must: str):
@@ -61,6 +64,7 @@ class FlashVSRConfig:
         need(self.edge in ("truncate", "shift"), "edge", '"truncate" or "shift"')
         need(self.color in ("adain", "wavelet", "none"), "color", '"adain", "wavelet" or "none"')
         need(self.noise >= 0, "noise", "0 or more")
+        need(self.margin >= 0, "margin", "0 or more")
         need(self.rope_positions > FIRST_LATENTS + 2 * self.ring_slices, "rope_positions",
              f"more than {FIRST_LATENTS + 2 * self.ring_slices}")
 
@@ -93,5 +97,5 @@ PRESETS = {
     "v1.1": FlashVSRConfig(version="v1.1", **_OFFICIAL),
     "compact": FlashVSRConfig(version="v1.1", dim=128, num_heads=2, num_layers=4, ffn_dim=512, text_dim=16, freq_dim=64,
                               context_len=4, lq_hidden=(40, 96), decoder_channels=(112, 64, 32, 16),
-                              sparse_ratio=0.25, local_range=3, color="none", noise=0.0),
+                              sparse_ratio=0.25, local_range=3, color="wavelet", noise=0.0, margin=8),
 }

@@ -56,9 +56,13 @@ def _tool(name: str, flag: str) -> str:
 
 
 def _op_lines(op: str, state: dict[str, str | None]) -> list[str]:
-    runs = next((name for name, reason in state.items() if reason is None), None)
+    """What runs op where the model would be loaded: on a GPU if there is one. "cpu" is for tensors on the CPU alone."""
+    gpu = torch.cuda.is_available()
+    usable = {name: reason or ("for tensors on the CPU" if gpu and name == "cpu" else None)
+              for name, reason in state.items()}
+    runs = next((name for name, reason in usable.items() if reason is None), None)
     lines, label = [], f"{op:<22}{runs or 'NONE':<12}"
-    for name, reason in state.items():
+    for name, reason in usable.items():
         if name != runs:
             lines.append(f"{label}{name}: {reason or f'can run too; {runs} goes first'}")
             label = " " * len(label)
@@ -81,6 +85,4 @@ def _advice(table: dict[str, dict[str, str | None]]) -> list[str]:
     if "cuda" in refused and torch.cuda.is_available():
         nvcc = "" if shutil.which("nvcc") else "the CUDA toolkit's nvcc on PATH, then "
         lines.append(f"CUDA kernels: {nvcc}pip install --no-build-isolation . in the source folder")
-    if not util.find_spec("triton") and sys.platform == "linux":
-        lines.append("Triton kernels: pip install triton")
     return lines or ["nothing: every backend runs here"]

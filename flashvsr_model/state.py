@@ -68,13 +68,25 @@ class Geometry:
     width: int
     padded_height: int   # of the output inside the model, multiples of 128
     padded_width: int
+    margin: int          # output pixels above and to the left of the picture
 
     @classmethod
-    def of(cls, height: int, width: int) -> "Geometry":
+    def of(cls, height: int, width: int, margin: int = 0) -> "Geometry":
         if min(height, width) < 16:
             raise ValueError(f"frames must be at least 16x16, got {width}x{height}")
-        pad = (math.ceil(SCALE * n / TILE) * TILE for n in (height, width))
-        return cls(height, width, *pad)
+        pad = (math.ceil((SCALE * n + 2 * margin) / TILE) * TILE for n in (height, width))
+        return cls(height, width, *pad, margin)
+
+    @property
+    def border(self) -> tuple[int, int, int, int]:
+        """What the picture is continued by inside: left, right, top, bottom."""
+        left = top = self.margin
+        return left, self.padded_width - SCALE * self.width - left, top, self.padded_height - SCALE * self.height - top
+
+    def picture(self, frames: Tensor) -> Tensor:
+        """The picture out of (..., padded_height, padded_width, 3)."""
+        rows, columns = (slice(self.margin, self.margin + SCALE * n) for n in (self.height, self.width))
+        return frames[..., rows, columns, :]
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -109,7 +121,7 @@ class StreamState:
         """height, width: of the input    dtype: of the model    out_dtype: of the frames that come out, uint8 or float32"""
         if out_dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"out_dtype must be torch.uint8 or torch.float32, got {out_dtype}")
-        self.geometry = Geometry.of(height, width)
+        self.geometry = Geometry.of(height, width, config.margin)
         self.out_dtype = out_dtype
         made = {name: torch.zeros(shape, dtype=kind, device="cpu" if name == "frames" else device)
                 for name, (shape, kind) in _shapes(config, self.geometry, dtype).items()}
@@ -140,7 +152,7 @@ class StreamState:
     def plan(config: FlashVSRConfig, height: int, width: int, *, dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """Bytes of each part of the state for an input of height x width, without allocating anything."""
         parts: dict[str, int] = {}
-        for name, (shape, kind) in _shapes(config, Geometry.of(height, width), dtype).items():
+        for name, (shape, kind) in _shapes(config, Geometry.of(height, width, config.margin), dtype).items():
             part = name.split(".")[0]
             parts[part] = parts.get(part, 0) + math.prod(shape) * kind.itemsize
         return parts

@@ -54,7 +54,7 @@ class StreamingUpscaler:
         out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits.
         Raises ValueError if the size is under 16x16, or too large for sparse_ratio.
         """
-        g = Geometry.of(height, width)
+        g = Geometry.of(height, width, self.config.margin)
         if self.config.topk(g.padded_height, g.padded_width) < 1:
             raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at {width}x{height}; raise it")
         return StreamState(self.config, height, width, dtype=self.dtype, device=self.device, out_dtype=out_dtype)
@@ -174,14 +174,12 @@ class StreamingUpscaler:
     def _chunk(self, state: StreamState) -> list[Tensor]:
         g = state.geometry
         source = self.enlarge(state.frames[:state.held], state.eight_bit).to(self.device)
-        padded = F.pad(source.permute(0, 3, 1, 2), (0, g.padded_width - SCALE * g.width, 0, g.padded_height - SCALE * g.height),
-                       mode="replicate").permute(0, 2, 3, 1)
+        padded = F.pad(source.permute(0, 3, 1, 2), g.border, mode="replicate").permute(0, 2, 3, 1)
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
         state.held = LOOKAHEAD
         ready, done = [], 0
         for (frames,) in self.step(state, padded[None]):
-            frames = frames[:, :SCALE * g.height, :SCALE * g.width]
-            frames = match_color(frames, source[done:done + len(frames)], self.config.color)
+            frames = match_color(g.picture(frames), source[done:done + len(frames)], self.config.color)
             ready.append(self._finish(frames, state.out_dtype))
             done += len(frames)
         state.emitted += done

@@ -22,7 +22,7 @@ from .upscaler import StreamingUpscaler
 log = logging.getLogger(__name__)
 VERSIONS = ("v1", "v1.1")
 RUN_TIME = ("sparse_ratio", "local_range", "kv_slices", "edge", "color", "seed", "noise", "exact_upstream",
-            "rope_positions")
+            "rope_positions", "margin")
 
 
 @dataclass(frozen=True)

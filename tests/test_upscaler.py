@@ -141,6 +141,17 @@ def test_a_periodic_stream_stays_periodic_past_the_rebase():
         torch.testing.assert_close(outs[later], outs[20], rtol=0, atol=1e-4)
 
 
+def test_a_margin_moves_the_zero_padding_away_from_the_picture():
+    """A constant picture stays constant up to its border only with a margin as wide as what the decoder sees."""
+    grey = torch.full((25, 32, 32, 3), 200, dtype=torch.uint8)
+    spread = []
+    for margin in (0, 128):
+        out = make(margin=margin, color="none", noise=0.0).upscale(grey)[20].float()
+        assert out.shape == (128, 128, 3)
+        spread.append((out[0] - out[64]).abs().mean())
+    assert spread[1] < spread[0] / 4
+
+
 def test_memory_is_told_before_it_is_taken(upscaler):
     plan = StreamState.plan(SMALL, 180, 320)
     assert plan.keys() == {"frames", "keys", "values", "means", "lq", "decoder"}
@@ -204,6 +215,8 @@ def test_sizes_and_settings_are_named(upscaler):
         upscaler.new_state(15, 20)
     with pytest.raises(ValueError, match="sparse_ratio 0.001 leaves no attention"):
         make(sparse_ratio=0.001).new_state(32, 32)
+    with pytest.raises(ValueError, match="margin must be 0 or more, got -1"):
+        make(margin=-1)
     with pytest.raises(ValueError, match='edge must be "truncate" or "shift", got \'wrap\''):
         make(edge="wrap")
 
