@@ -129,6 +129,7 @@ def _note(line: str) -> None:
 
 def _load(args: argparse.Namespace, load: Callable[..., object]) -> object:
     """The upscaler that args ask for; options that were not given keep the weights' own values."""
+    keep_freed_memory()
     options = {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     try:

@@ -18,7 +18,7 @@ def match_color(frames: Tensor, source: Tensor, how: str) -> Tensor:
     if how == "adain":
         return _adain(frames, source)
     if how == "wavelet":
-        return frames - _coarse(frames) + _coarse(source)
+        return frames + _coarse(source - frames)
     raise ValueError(f'how must be "adain", "wavelet" or "none", got {how!r}')
 
 

@@ -130,9 +130,9 @@ class StreamingUpscaler:
         cond = frames[:, :-LOOKAHEAD]
         if first:  # the decoder drops the three frames that the first latent has no input for
             cond = torch.cat([cond[:, :1].expand(-1, 3, -1, -1, -1), cond], 1)
-        for i in range(0, latents, 2):  # two latents at a time bound the memory of full-size activations
-            part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 2)]
-            decoded = self.decoder(latent[:, :, i:i + 2], part, state.decoder)
+        for i in range(latents):  # one at a time: full-size activations of one latent are most of what a stream needs
+            part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 1)]
+            decoded = self.decoder(latent[:, :, i:i + 1], part, state.decoder)
             yield (decoded[:, 3:] if first and i == 0 else decoded).mul(2).sub_(1)
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
