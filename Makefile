@@ -24,10 +24,12 @@ test: $(READY)
 clean:
 	rm -rf $(VENV) build *.egg-info flashvsr_kernels/*.so
 
-# torch: kept if .venv has it. A Python that has torch>=2.11 lends all that is installed beside it to .venv (by a
-# .pth file, as that Python may be a virtual environment itself): a GPU machine without a package index needs none.
+# torch: kept if .venv has it. A Python that has torch>=2.11 lends all that is installed beside it to .venv
+# (by a .pth file, as that Python may be a virtual environment itself): a GPU machine without a package index
+# needs none.
 # A new .venv's own, old setuptools would hide the lent one.
-# Otherwise the newest torch where there is an NVIDIA GPU, else the CPU build if the index has one, else the full.
+# Otherwise the newest torch where there is an NVIDIA GPU, else the CPU build if the index has one, else the
+# full.
 $(READY): pyproject.toml setup.py $(shell find csrc -type f)
 	@if ! test -x $(RUN); then \
 	  echo "flashvsr: making $(VENV)"; \

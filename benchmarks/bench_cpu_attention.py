@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_cpu_attention --threads 2 --out benchmarks/results/cpu_attention.json
 
-The default shape is one steady chunk of 768x1408 (66 query and 264 key blocks) with 2 of its 12 heads, block counts
-that vary from row to row, 45 % of the blocks kept. The peer is scaled_dot_product_attention with a bool mask over
-tokens, which has no way to skip blocks. One line a case: median (p20, p80), GFLOP/s counted from the kept blocks,
-times as fast as the peer (median over rounds of the ratio within a round), worst difference between the two.
+The default shape is one steady chunk of 768x1408 (66 query and 264 key blocks) with 2 of its 12 heads, block
+counts that vary from row to row, 45 % of the blocks kept. The peer is scaled_dot_product_attention with a
+bool mask over tokens, which has no way to skip blocks. One line a case: median (p20, p80), GFLOP/s counted
+from the kept blocks, times as fast as the peer (median over rounds of the ratio within a round), worst
+difference between the two.
 """
 import argparse
 import json
@@ -60,9 +61,10 @@ def compare(dtype: str, args: argparse.Namespace) -> list[dict]:
             times[name].append(seconds(calls[name]))
     speedup = statistics.median(peer / ours for peer, ours in zip(times["sdpa"], times["cpu"]))
     flop = 4 * args.dim * BLOCK * BLOCK * mask.sum().item()
-    return [{"op": "sparse_attn", "backend": name, "dtype": dtype, "density": lists.density(), **spread(values),
-             "gflops": flop / statistics.median(values) / 1e9, "speedup": speedup if name == "cpu" else 1.0,
-             "difference": worst} for name, values in times.items()]
+    return [{"op": "sparse_attn", "backend": name, "dtype": dtype, "density": lists.density(),
+             **spread(values), "gflops": flop / statistics.median(values) / 1e9,
+             "speedup": speedup if name == "cpu" else 1.0, "difference": worst}
+            for name, values in times.items()]
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""The compiled part: the ops of flashvsr_kernels._C, and the facts of their build (flashvsr_kernels._build)."""
+"""The compiled part: the ops of flashvsr_kernels._C, and the facts of their build (flashvsr_kernels._build).
+"""
 
 import importlib
 import importlib.util

@@ -68,21 +68,26 @@ def local_window(rows: int, cols: int, window: int, *, edge: str = "truncate",
 
 
 def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, *, slices: int, topk: int) -> BlockMask:
-    """Locality-constrained selection: of each head and query slice the block pairs with the largest probability.
+    """Locality-constrained selection: of each head and query slice the block pairs with the largest
+    probability.
 
     q_mean: (B, H, slices * S, D) means of the query blocks    k_mean: (B, H, n * S, D) of the key blocks
     local: bool (S, S), allowed pairs within any two slices (local_window)
-    topk: budget of block pairs for one head and query slice; kept are those strictly above the (topk + 1)-th largest
-    probability, so ties at the threshold go, and so does the smallest of all when the budget exceeds the pairs.
+    topk: budget of block pairs for one head and query slice; kept are those strictly above the (topk + 1)-th
+    largest probability, so ties at the threshold go, and so does the smallest of all when the budget exceeds
+    the pairs.
     Returns a BlockMask (B, H, slices * S, n * S). Source: FlashVSR, arXiv 2510.12747, and its code.
     """
-    if q_mean.ndim != 4 or k_mean.ndim != 4 or q_mean.shape[:2] != k_mean.shape[:2] or q_mean.shape[3] != k_mean.shape[3]:
+    if (q_mean.ndim != 4 or k_mean.ndim != 4 or q_mean.shape[:2] != k_mean.shape[:2]
+            or q_mean.shape[3] != k_mean.shape[3]):
         raise ValueError("q_mean and k_mean must be (B, H, blocks, D) with equal B, H and D, got "
                          f"{tuple(q_mean.shape)} and {tuple(k_mean.shape)}")
     S = local.shape[0]
-    if local.dtype != torch.bool or local.shape != (S, S) or q_mean.shape[2] != slices * S or k_mean.shape[2] % S:
-        raise ValueError(f"local must be bool (S, S) with slices * S = {q_mean.shape[2]} query blocks and a multiple of S = "
-                         f"{k_mean.shape[2]} key blocks, got {local.dtype} {tuple(local.shape)} and slices {slices}")
+    if (local.dtype != torch.bool or local.shape != (S, S) or q_mean.shape[2] != slices * S
+            or k_mean.shape[2] % S):
+        raise ValueError(f"local must be bool (S, S) with slices * S = {q_mean.shape[2]} query blocks and a "
+                         f"multiple of S = {k_mean.shape[2]} key blocks, got {local.dtype} "
+                         f"{tuple(local.shape)} and slices {slices}")
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
     return BlockMask.from_dense(pick("lcsa_mask", None).run(q_mean, k_mean, local, slices, topk))

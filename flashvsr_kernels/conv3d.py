@@ -6,9 +6,11 @@ from .backends import Backend, pick, register
 
 
 def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tensor:
-    """(4, 3, 3) convolution with stride (2, 1, 1) behind two steps of context; borders of the picture are replicated.
+    """(4, 3, 3) convolution with stride (2, 1, 1) behind two steps of context; borders of the picture are
+    replicated.
 
-    x: (B, T, H, W, C), T even    tail: (B, 2, H, W, C), the two steps before x    weight: (O, C, 4, 3, 3)    bias: (O,)
+    x: (B, T, H, W, C), T even    tail: (B, 2, H, W, C), the two steps before x
+    weight: (O, C, 4, 3, 3)    bias: (O,)
     Returns (B, T / 2, H, W, O).
     """
     if x.ndim != 5 or x.shape[1] % 2:

@@ -16,7 +16,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     Returns (N, upsample * H, upsample * W, O).
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"x must be (N, H, W, C) and weight (O, C, 3, 3), got {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError("x must be (N, H, W, C) and weight (O, C, 3, 3), "
+                         f"got {tuple(x.shape)} and {tuple(weight.shape)}")
     if past is not None and past.shape != x.shape:
         raise ValueError(f"past must have x's shape {tuple(x.shape)}, got {tuple(past.shape)}")
     channels = x.shape[3] * (1 if past is None else 2)

@@ -12,7 +12,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift over the last dimension; float32 inside. x (..., C), scale and shift (C,)."""
+    """LayerNorm(x) * (1 + scale) + shift over the last dimension; float32 inside. x (..., C),
+    scale and shift (C,).
+    """
     _check_width("scale", scale, x)
     _check_width("shift", shift, x)
     return pick("layer_norm_modulate", None).run(x, scale, shift, eps)

@@ -1,4 +1,5 @@
-"""Every public op in plain PyTorch: what the other backends are measured against, and what runs where none of them can.
+"""Every public op in plain PyTorch: what the other backends are measured against, and what runs where none of
+them can.
 
 Shapes, layouts and meanings are those of the public functions; arguments have been checked by them.
 """
@@ -21,7 +22,9 @@ def local_window(rows: int, cols: int, window: int, edge: str, device: torch.dev
 
 
 def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: int) -> Tensor:
-    """Bool (B, H, Mq, Mk) of kept block pairs (spec: strictly above the (topk + 1)-th largest of the head and query slice)."""
+    """Bool (B, H, Mq, Mk) of kept block pairs (spec: strictly above the (topk + 1)-th largest of the head and
+    query slice).
+    """
     B, H, Mq, D = q_mean.shape
     S = Mq // slices
     score = (q_mean @ k_mean.transpose(-1, -2)) / D ** 0.5
@@ -35,7 +38,8 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: 
 
 
 def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """mask: bool (B, H, Mq, Mk). One head at a time, so that the mask over tokens exists for one head only."""
+    """mask: bool (B, H, Mq, Mk). One head at a time, so that the mask over tokens exists for one head only.
+    """
     Lq, Lk = q.shape[1], k.shape[1]
     outs, lses = [], []
     for h in range(q.shape[2]):
@@ -43,7 +47,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
         empty = ~m.any(-1, keepdim=True)
         s = (q[:, :, h] @ k[:, :, h].transpose(-1, -2)).to(_accumulate(q)) * scale
         s = s.masked_fill(~m, -torch.inf)
-        # An empty row has no softmax: it is given finite scores here and zeroed below, so gradients stay finite too.
+        # An empty row has no softmax: it is given finite scores here and zeroed below, so gradients stay
+        # finite too.
         p = s.masked_fill(empty, 0).softmax(-1).to(q.dtype)
         outs.append((p @ v[:, :, h]).masked_fill(empty, 0))
         lses.append(s.detach().logsumexp(-1))
@@ -115,10 +120,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
 
 
 def _fold_nearest(weight: Tensor) -> Tensor:
-    """Nearest enlargement by 2 and a 3x3 convolution are one transposed 4x4 convolution: 4 taps a pixel instead of 9."""
+    """Nearest enlargement by 2 and a 3x3 convolution are one transposed 4x4 convolution: 4 taps a pixel
+    instead of 9.
+    """
     O, C = weight.shape[:2]
     taps = weight.to(_accumulate(weight)).reshape(O * C, 1, 3, 3).flip(2, 3)
-    return F.conv2d(taps, taps.new_ones(1, 1, 2, 2), padding=1).view(O, C, 4, 4).transpose(0, 1).to(weight.dtype)
+    return (F.conv2d(taps, taps.new_ones(1, 1, 2, 2), padding=1).view(O, C, 4, 4).transpose(0, 1)
+            .to(weight.dtype))
 
 
 def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tensor:
@@ -131,8 +139,9 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tens
 def _full_float32():
     """cuDNN rounds float32 operands to TF32 unless told not to."""
     cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, benchmark_limit=cudnn.benchmark_limit,
-                       deterministic=cudnn.deterministic, allow_tf32=False)
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark,
+                       benchmark_limit=cudnn.benchmark_limit, deterministic=cudnn.deterministic,
+                       allow_tf32=False)
 
 
 def _accumulate(x: Tensor) -> torch.dtype:

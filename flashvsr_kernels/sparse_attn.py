@@ -17,11 +17,12 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        bf16 or fp16; on a CPU also float32 and float64. The last block of queries or keys may be partial.
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
-    backend: "cpu" (C++), "cuda" (CUDA C++, sm_80 up, bf16 and fp16), "reference" (PyTorch), or None for the first of them
-       that can run the call
-    Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32 (B, H, Lq),
-    -inf where a row has no key. Differentiable in q, k and v, not through lse.
-    Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
+    backend: "cpu" (C++), "cuda" (CUDA C++, sm_80 up, bf16 and fp16), "reference" (PyTorch), or None for the
+       first of them that can run the call
+    Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
+    (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse.
+    Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
+    call.
     """
     if q.ndim != 4 or q.shape[3] not in (64, 128):
         raise ValueError(f"q must be (B, Lq, H, D) with D 64 or 128, got {tuple(q.shape)}")
@@ -43,23 +44,28 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
                              f"got {mask.dtype} {tuple(mask.shape)}")
         mask = BlockMask.from_dense(mask)
     elif (*mask.count.shape, mask.key_blocks) != blocks:
-        raise ValueError(f"mask must be for {blocks} blocks, got one for {(*mask.count.shape, mask.key_blocks)}")
+        raise ValueError(f"mask must be for {blocks} blocks, "
+                         f"got one for {(*mask.count.shape, mask.key_blocks)}")
     if mask.index.device != q.device:
         raise ValueError(f"mask must be on {q.device}, got {mask.index.device}")
-    out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count, D ** -0.5 if scale is None else scale, backend)
+    out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count,
+                                              D ** -0.5 if scale is None else scale, backend)
     return (out, lse) if return_lse else out
 
 
-def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+                   scale: float) -> tuple[Tensor, Tensor]:
     dense = BlockMask(index, count, count, -(-k.shape[1] // BLOCK)).to_dense()
     return reference.sparse_attn(q, k, v, dense, scale)
 
 
-def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+             scale: float) -> tuple[Tensor, Tensor]:
     return torch.ops.flashvsr.sparse_attn_cpu(q, k, v, index, count, scale)
 
 
-def _run_cuda(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _run_cuda(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+              scale: float) -> tuple[Tensor, Tensor]:
     return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, index, count, scale)
 
 
@@ -83,12 +89,13 @@ def _cuda_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 
 
 register("sparse_attn", Backend("cpu", _run_cpu, _native.available, _cpu_supports),
-         Backend("cuda", _run_cuda, _native.cuda_available, _cuda_supports), Backend("reference", _run_reference))
+         Backend("cuda", _run_cuda, _native.cuda_available, _cuda_supports),
+         Backend("reference", _run_reference))
 
-_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, str? backend) "
-            "-> (Tensor, Tensor)")
-_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale) "
-            "-> (Tensor, Tensor, Tensor)")
+_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, "
+            "str? backend) -> (Tensor, Tensor)")
+_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
+            "float scale) -> (Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
@@ -123,7 +130,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    return *torch.ops.flashvsr.sparse_attn_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None
+    return (*torch.ops.flashvsr.sparse_attn_backward(grad, *ctx.saved_tensors, ctx.scale),
+            None, None, None, None)
 
 
 torch.library.register_autograd("flashvsr::sparse_attn", _autograd, setup_context=_setup_context, lib=_lib)

@@ -5,4 +5,5 @@ from .state import StreamState
 from .upscaler import StreamingUpscaler
 from .weights import load_upscaler
 
-__all__ = ["PRESETS", "FlashVSRConfig", "StreamState", "StreamingUpscaler", "keep_freed_memory", "load_upscaler"]
+__all__ = ["PRESETS", "FlashVSRConfig", "StreamState", "StreamingUpscaler", "keep_freed_memory",
+           "load_upscaler"]

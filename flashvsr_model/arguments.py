@@ -61,7 +61,8 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; what is to be done is in `command`, for weights also in `action`."""
+    """The parser of the whole command line; what is to be done is in `command`, for weights also in `action`.
+    """
     parser = Parser(prog="flashvsr", description="Video, four times larger.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_upscale(commands.add_parser(
@@ -69,15 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter))
     demo = commands.add_parser(
         "demo", help="upscale the clip that ships with the package",
-        description="Upscales the shipped clip (320x180, 132 frames, sound) with the shipped weights, says how fast, "
-                    "and writes a side-by-side picture.")
-    demo.add_argument("--out", default="flashvsr-demo", metavar="DIR", help="folder of results (default %(default)s)")
+        description="Upscales the shipped clip (320x180, 132 frames, sound) with the shipped weights, says "
+                    "how fast, and writes a side-by-side picture.")
+    demo.add_argument("--out", default="flashvsr-demo", metavar="DIR",
+                      help="folder of results (default %(default)s)")
     demo.add_argument("--frames", type=number(int, 1), metavar="N", help="stop after N frames")
     _add_device(demo)
     commands.add_parser(
         "doctor", help="what runs here, what does not, and why",
-        description="Prints the versions, the GPUs, for every op which backend runs here and why the others do not, "
-                    "and what to install to change that.")
+        description="Prints the versions, the GPUs, for every op which backend runs here and why the others "
+                    "do not, and what to install to change that.")
     weights = commands.add_parser("weights", help="look at weight files")
     verify = weights.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
         "verify", help="say what each file of a folder is",
@@ -91,34 +93,44 @@ def _add_upscale(up: argparse.ArgumentParser) -> None:
     up.add_argument("target", metavar="OUT")
     up.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     up.add_argument("--scale", type=int, choices=(2, 3, 4), default=4,
-                    help="size of OUT (default 4); 2 and 3 are the 4x result made smaller with a Lanczos filter")
+                    help="size of OUT (default 4); 2 and 3 are the 4x result made smaller with a "
+                         "Lanczos filter")
     part = up.add_argument_group("which part")
-    part.add_argument("--start", type=seconds, default=0.0, metavar="TIME", help="seconds or HH:MM:SS to begin at")
-    part.add_argument("--frames", type=number(int, 1), metavar="N", help="stop after N frames; sound is cut to them")
+    part.add_argument("--start", type=seconds, default=0.0, metavar="TIME",
+                      help="seconds or HH:MM:SS to begin at")
+    part.add_argument("--frames", type=number(int, 1), metavar="N",
+                      help="stop after N frames; sound is cut to them")
     part.add_argument("--fps", type=number(Fraction, 0.001, 1000), default=Fraction(25), metavar="RATE",
                       help="frames per second of a folder of pictures (default 25; 30000/1001 works)")
     model = up.add_argument_group("model")
     model.add_argument("--weights", default="compact", metavar="DIR",
                        help='"compact" (default, ships with the package) or a folder with the official files')
-    model.add_argument("--model-version", choices=("v1", "v1.1"), help="what official files of unknown hash are")
+    model.add_argument("--model-version", choices=("v1", "v1.1"),
+                       help="what official files of unknown hash are")
     model.add_argument("--sparse-ratio", type=number(float, 0.01), metavar="X",
-                       help="share of attention that is computed, higher is steadier (default: the weights' own; "
-                            "official weights: 2, or 1.5 for speed)")
+                       help="share of attention that is computed, higher is steadier (default: the weights' "
+                            "own; official weights: 2, or 1.5 for speed)")
     model.add_argument("--local-range", type=number(int, 1), metavar="N",
-                       help="side of the attention window in blocks of 128 pixels of the result (default: the "
-                            "weights' own; official weights: 11 is steadier, 9 sharper)")
+                       help="side of the attention window in blocks of 128 pixels of the result (default: "
+                            "the weights' own; official weights: 11 is steadier, 9 sharper)")
     model.add_argument("--color", choices=("adain", "wavelet", "none"),
                        help="how colours are matched to the input (default: the weights' own)")
-    model.add_argument("--seed", type=number(int, 0), metavar="N", help="of the noise the model starts from (default 0)")
+    model.add_argument("--seed", type=number(int, 0), metavar="N",
+                       help="of the noise the model starts from (default 0)")
     _add_device(model)
     out = up.add_argument_group("output")
     out.add_argument("--codec", metavar="NAME",
-                     help="FFmpeg's encoder: libx264 (default; for webm libvpx-vp9), libx265, libsvtav1, ffv1, ...")
+                     help="FFmpeg's encoder: libx264 (default; for webm libvpx-vp9), libx265, libsvtav1, "
+                          "ffv1, ...")
     out.add_argument("--crf", type=number(float, 0, 63), metavar="X",
-                     help="quality of these encoders, smaller is better (default 18 for libx264; ffv1 has none)")
-    out.add_argument("--compare", metavar="PNG", help="also write one frame side by side: bicubic | FlashVSR | truth")
-    out.add_argument("--compare-frame", type=number(int, 0), metavar="N", help="which frame (default the middle one)")
-    out.add_argument("--truth", metavar="FILE", help="video, or picture of that frame, for --compare's third panel")
+                     help="quality of these encoders, smaller is better (default 18 for libx264; "
+                          "ffv1 has none)")
+    out.add_argument("--compare", metavar="PNG",
+                     help="also write one frame side by side: bicubic | FlashVSR | truth")
+    out.add_argument("--compare-frame", type=number(int, 0), metavar="N",
+                     help="which frame (default the middle one)")
+    out.add_argument("--truth", metavar="FILE",
+                     help="video, or picture of that frame, for --compare's third panel")
 
 
 def _add_device(group) -> None:

@@ -31,7 +31,8 @@ CHOICES = ("sparse_ratio", "local_range", "color", "seed")
 def main(argv: list[str] | None = None, *, load: Callable[..., object] = load_upscaler) -> int:
     """Runs the command line argv (None: of this process) and returns its exit status.
 
-    0 done, 1 failed or IN was damaged, 2 wrong usage, 130 ended by Ctrl-C. load: makes the upscaler, for tests
+    0 done, 1 failed or IN was damaged, 2 wrong usage, 130 ended by Ctrl-C. load: makes the upscaler, for
+    tests
     """
     args = make_parser().parse_args(argv)
     try:
@@ -45,10 +46,11 @@ def main(argv: list[str] | None = None, *, load: Callable[..., object] = load_up
         return 1
     except BrokenPipeError:
         _say("error: nobody reads standard output any more")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # so that Python's own last flush does not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own last flush does not complain
         return 1
     except torch.OutOfMemoryError as error:
-        _say(f"error: out of GPU memory ({str(error).split('. ')[0]}); a smaller picture or --device cpu needs less")
+        _say(f"error: out of GPU memory ({str(error).split('. ')[0]}); a smaller picture or "
+             "--device cpu needs less")
         return 1
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
@@ -62,7 +64,8 @@ def run_upscale(args: argparse.Namespace, load: Callable[..., object]) -> int:
         _say(f"error: {error}")
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # like an error: nothing half-written stays
-    opening = (open_clip(args.source, start=args.start, frames=args.frames, rate=args.fps, note=_note) for _ in "1")
+    opening = (open_clip(args.source, start=args.start, frames=args.frames, rate=args.fps, note=_note)
+               for _ in "1")
     clip = next(read_ahead(opening, 1))             # in a thread: Ctrl-C must end a wait for standard input
     upscaler = _load(args, load)
     width, height = clip.width * args.scale, clip.height * args.scale
@@ -173,7 +176,8 @@ def _check_target(args: argparse.Namespace, path: Path) -> None:
     if args.source != "-" and path.exists() and path.samefile(args.source):
         raise UserError(f"IN and OUT are the same: {path}")
     if not folder and path.suffix.lower() not in CONTAINERS:
-        raise UserError(f"{path}: its suffix must be one of {', '.join(CONTAINERS)}, or none for a folder of PNGs")
+        raise UserError(f"{path}: its suffix must be one of {', '.join(CONTAINERS)}, "
+                        "or none for a folder of PNGs")
     if not path.absolute().parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     if folder and path.exists() and not path.is_dir():
@@ -205,8 +209,8 @@ def _upscale(upscaler, clip: Clip, writer, watch) -> Summary:
         _say("interrupted before the first frame; nothing was written")
         return summary
     what = "interrupted; what was done is in" if summary.interrupted else "wrote"
-    _say(f"{what} {writer.name}: {summary.frames} frames of {writer.width}x{writer.height} in {summary.seconds:.1f} s, "
-         f"{summary.frames / summary.seconds:.2f} frames/s, {_memory(device)}")
+    _say(f"{what} {writer.name}: {summary.frames} frames of {writer.width}x{writer.height} in "
+         f"{summary.seconds:.1f} s, {summary.frames / summary.seconds:.2f} frames/s, {_memory(device)}")
     return summary
 
 

@@ -21,7 +21,8 @@ class Picture:
 
 @dataclass
 class Clip:
-    """An open input: what its first frame tells, and `items`, which gives Pictures and packets to copy, in file order.
+    """An open input: what its first frame tells, and `items`, which gives Pictures and packets to copy, in
+    file order.
 
     total: the frame count if the input says it, an estimate for most containers, or None.
     depth: bits per component. chroma: "420", "422", "444" or "rgb".

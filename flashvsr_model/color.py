@@ -34,7 +34,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _coarse(x: Tensor) -> Tensor:
-    """What is left of x after five à-trous smoothings by [1 2 1] / 4 in both directions, borders replicated."""
+    """What is left of x after five à-trous smoothings by [1 2 1] / 4 in both directions, borders replicated.
+    """
     x = x.permute(0, 3, 1, 2)
     taps = tensor([1.0, 2.0, 1.0], device=x.device) / 4
     across, down = taps.view(1, 1, 1, 3).expand(3, 1, 1, 3), taps.view(1, 1, 3, 1).expand(3, 1, 3, 1)

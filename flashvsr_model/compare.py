@@ -13,13 +13,16 @@ LABEL = 32                  # pixels of the strip with the names
 
 
 class Compare:
-    """Keeps one frame and its result of those that pass, and writes them beside bicubic enlargement and the truth."""
+    """Keeps one frame and its result of those that pass, and writes them beside bicubic enlargement and the
+    truth.
+    """
 
-    def __init__(self, clip: Clip, size: tuple[int, int], *, frame: int | None = None, truth: str | None = None,
-                 start: float = 0.0):
+    def __init__(self, clip: Clip, size: tuple[int, int], *, frame: int | None = None,
+                 truth: str | None = None, start: float = 0.0):
         """size: width and height of a panel, before turning    frame: its number; None takes the middle one
 
-        truth: a video whose frame of the same number is the truth, or a picture of it; None for no third panel
+        truth: a video whose frame of the same number is the truth, or a picture of it; None for no third
+           panel
         start: seconds from where the frames count, in the clip and in the truth
         """
         self.clip, self.size, self.truth, self.start = clip, size, truth, start
@@ -27,13 +30,17 @@ class Compare:
         self.seen, self.kept, self.number = 0, None, 0
 
     def watch(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Takes a frame (h, w, 3) and its result (4h, 4w, 3), uint8 or uint16. The last stands in for a later one."""
+        """Takes a frame (h, w, 3) and its result (4h, 4w, 3), uint8 or uint16. The last stands in for a later
+        one.
+        """
         if self.seen <= self.wanted:
             self.kept, self.number = (before, after), self.seen
         self.seen += 1
 
     def save(self, path: str) -> None:
-        """Writes the panels side by side. Raises UserError if no frame passed or the picture cannot be written."""
+        """Writes the panels side by side. Raises UserError if no frame passed or the picture cannot be
+        written.
+        """
         if self.kept is None:
             raise UserError("no frame to compare")
         before, after = (_image(rgb) for rgb in self.kept)
@@ -75,4 +82,5 @@ def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
 
 
 def _image(rgb: np.ndarray) -> Image.Image:
-    return Image.fromarray((rgb / 257 + 0.5).astype(np.uint8) if rgb.dtype == np.uint16 else np.ascontiguousarray(rgb))
+    return Image.fromarray((rgb / 257 + 0.5).astype(np.uint8) if rgb.dtype == np.uint16
+                           else np.ascontiguousarray(rgb))

@@ -20,13 +20,14 @@ class FlashVSRConfig:
     version: "v1" or "v1.1", the LQ projector (v1.1 carries two frames of context from clip to clip)
     decoder_channels: widths at 1/8, 1/4, 1/2 and full resolution
     sparse_ratio: key blocks a query block may keep on average, in units of 60
-    local_range: side of the attention window in blocks of 128 output pixels; edge: "truncate" or "shift" at borders
+    local_range: side of the attention window in blocks of 128 output pixels; edge: "truncate" or "shift" at
+    borders
     kv_slices: slices of keys and values kept from earlier chunks; as in the official code 1 acts as 2
     color: "adain", "wavelet" or "none"; noise: standard deviation of the noise the one step starts from
     exact_upstream: 8-bit output truncates, as the official code does, instead of rounding
     rope_positions: latents before the temporal positions are rebased
-    margin: output pixels by which the picture is continued on all sides inside the model, so that its border is not the
-    zero padding's; official weights have none
+    margin: output pixels by which the picture is continued on all sides inside the model, so that its border
+    is not the zero padding's; official weights have none
     """
     version: str
     dim: int
@@ -55,7 +56,8 @@ class FlashVSRConfig:
             if not ok:
                 raise ValueError(f"{name} must be {must}, got {getattr(self, name)!r}")
         need(self.version in ("v1", "v1.1"), "version", '"v1" or "v1.1"')
-        need(self.dim % self.num_heads == 0 and self.head_dim in (64, 128), "dim", "64 or 128 times num_heads")
+        need(self.dim % self.num_heads == 0 and self.head_dim in (64, 128),
+             "dim", "64 or 128 times num_heads")
         need(len(self.lq_hidden) == 2, "lq_hidden", "two widths")
         need(len(self.decoder_channels) == 4, "decoder_channels", "four widths")
         need(self.sparse_ratio > 0, "sparse_ratio", "positive")
@@ -80,22 +82,27 @@ class FlashVSRConfig:
 
     @property
     def ring_slices(self) -> int:
-        """Slices the K/V ring holds: the cached ones and the current one; never less than the first chunk's three."""
+        """Slices the K/V ring holds: the cached ones and the current one; never less than the first chunk's
+        three.
+        """
         return max(self.kv_slices, 2) + 1
 
     def topk(self, height: int, width: int) -> int:
-        """Budget of one query slice, in block pairs, for an output of height x width (spec C.5, float64, in this order)."""
+        """Budget of one query slice, in block pairs, for an output of height x width (spec C.5, float64, in
+        this order).
+        """
         blocks = (height // TILE) * (width // TILE)
         ratio = self.sparse_ratio * 768 * 1280 / (height * width)
         return int(blocks * blocks * ratio) - 1
 
 
-_OFFICIAL = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, text_dim=4096, freq_dim=256, context_len=512,
-                 lq_hidden=(2048, 3072), decoder_channels=(512, 256, 128, 128))
+_OFFICIAL = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, text_dim=4096, freq_dim=256,
+                 context_len=512, lq_hidden=(2048, 3072), decoder_channels=(512, 256, 128, 128))
 PRESETS = {
     "v1": FlashVSRConfig(version="v1", **_OFFICIAL),
     "v1.1": FlashVSRConfig(version="v1.1", **_OFFICIAL),
-    "compact": FlashVSRConfig(version="v1.1", dim=128, num_heads=2, num_layers=4, ffn_dim=512, text_dim=16, freq_dim=64,
-                              context_len=4, lq_hidden=(40, 96), decoder_channels=(112, 64, 32, 16),
-                              sparse_ratio=0.25, local_range=3, color="wavelet", noise=0.0, margin=8),
+    "compact": FlashVSRConfig(version="v1.1", dim=128, num_heads=2, num_layers=4, ffn_dim=512, text_dim=16,
+                              freq_dim=64, context_len=4, lq_hidden=(40, 96),
+                              decoder_channels=(112, 64, 32, 16), sparse_ratio=0.25, local_range=3,
+                              color="wavelet", noise=0.0, margin=8),
 }

@@ -41,7 +41,8 @@ class Stage(nn.Module):
         for block, past in zip(self.memory, memory):
             x = block(x, past)
         B, T, h, w, C = x.shape
-        # A step's channels become its time steps in turn. The official order, nearest enlargement first, gives the same.
+        # A step's channels become its time steps in turn. The official order, nearest enlargement first,
+        # gives the same.
         x = torch.stack([F.linear(x, step) for step in self.grow_weight.split(C)], 2)
         x = conv3x3(x.view(-1, h, w, C), self.weight, upsample=2)
         return x.view(B, -1, 2 * h, 2 * w, x.shape[-1])
@@ -51,7 +52,8 @@ class Decoder(nn.Module):
     def __init__(self, config: FlashVSRConfig):
         super().__init__()
         a, b, c, d = config.decoder_channels
-        self.in_weight, self.in_bias = weight(a, 3 * LATENT_FRAMES * 64 + config.latent_channels, 3, 3), weight(a)
+        self.in_weight, self.in_bias = (weight(a, 3 * LATENT_FRAMES * 64 + config.latent_channels, 3, 3),
+                                        weight(a))
         self.mid_weight = weight(a, a, 3, 3)
         self.stages = nn.ModuleList([Stage(a, b, 1), Stage(b, c, 2), Stage(c, d, 2)])
         self.out1_weight = weight(d, d, 3, 3)
@@ -64,7 +66,8 @@ class Decoder(nn.Module):
         memory: nine tensors (B, 1, h, w, C), three a stage, replaced in place
         """
         B, C, T, h, w = latent.shape
-        c = cond.view(B, T, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, T, h, w, -1)
+        c = cond.view(B, T, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(
+            B, T, h, w, -1)
         x = torch.cat([c, latent.permute(0, 2, 3, 4, 1)], -1)
         x = 3 * x.div_(3).tanh_()
         x = conv3x3(x.flatten(0, 1), self.in_weight, self.in_bias, relu=True)

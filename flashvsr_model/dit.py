@@ -1,10 +1,12 @@
-"""The diffusion transformer, with all that is constant in FlashVSR (time step, prompt) folded into its weights."""
+"""The diffusion transformer, with all that is constant in FlashVSR (time step, prompt) folded into its
+weights.
+"""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashvsr_kernels import (gated_add, layer_norm_modulate, lcsa_mask, qk_norm_rope, raster_order, rms_norm, sparse_attn,
-                              window_order)
+from flashvsr_kernels import (gated_add, layer_norm_modulate, lcsa_mask, qk_norm_rope, raster_order,
+                              rms_norm, sparse_attn, window_order)
 
 from .config import FlashVSRConfig
 from .state import KVRing
@@ -34,10 +36,13 @@ class Block(nn.Module):
         self.ffn_in_weight, self.ffn_in_bias = weight(hidden, C), weight(hidden)
         self.ffn_out_weight, self.ffn_out_bias = weight(C, hidden), weight(C)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor, topk: int) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor,
+                topk: int) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation
-        x = gated_add(x, self.self_attention(layer_norm_modulate(x, scale1, shift1, eps=EPS), tables, kv, local, topk), gate1)
-        x = gated_add(x, self.cross_attention(layer_norm_modulate(x, self.cross_scale, self.cross_shift, eps=EPS)))
+        x = gated_add(x, self.self_attention(layer_norm_modulate(x, scale1, shift1, eps=EPS), tables, kv,
+                                             local, topk), gate1)
+        x = gated_add(x, self.cross_attention(layer_norm_modulate(x, self.cross_scale, self.cross_shift,
+                                                                  eps=EPS)))
         y = F.linear(layer_norm_modulate(x, scale2, shift2, eps=EPS), self.ffn_in_weight, self.ffn_in_bias)
         y = F.linear(F.gelu(y, approximate="tanh"), self.ffn_out_weight, self.ffn_out_bias)
         return gated_add(x, y, gate2)
@@ -72,8 +77,8 @@ class DiT(nn.Module):
         self.head_modulation = weight(2, config.dim)  # shift, scale
         self.head_weight, self.head_bias = weight(patch, config.dim), weight(patch)
 
-    def forward(self, latent: Tensor, lq: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor,
-                topk: int) -> Tensor:
+    def forward(self, latent: Tensor, lq: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing,
+                local: Tensor, topk: int) -> Tensor:
         """The velocity of one chunk, like latent.
 
         latent: (B, C, f, 2h, 2w)    lq: (B, f * h * w, dim), the projector's tokens

@@ -1,4 +1,5 @@
-"""flashvsr doctor: what this machine has, which backend of every op runs, and what to install to change that."""
+"""flashvsr doctor: what this machine has, which backend of every op runs, and what to install to change that.
+"""
 import os
 import platform
 import shutil
@@ -22,16 +23,18 @@ def report() -> list[str]:
 
 
 def _facts() -> list[tuple[str, str]]:
-    facts = [("flashvsr", f"{__version__} ({os.cpu_count()} CPU cores, {torch.get_num_threads()} threads in torch)"),
+    facts = [("flashvsr", f"{__version__} ({os.cpu_count()} CPU cores, "
+                          f"{torch.get_num_threads()} threads in torch)"),
              ("python", f"{platform.python_version()} on {platform.platform()}"),
-             ("torch", f"{torch.__version__}" + (f", built for CUDA {torch.version.cuda}" if torch.version.cuda
-                                                 else ", built without CUDA")),
+             ("torch", f"{torch.__version__}" + (f", built for CUDA {torch.version.cuda}"
+                                                 if torch.version.cuda else ", built without CUDA")),
              ("triton", metadata.version("triton") if util.find_spec("triton") else "not installed"),
              ("compiler", _tool("c++", "--version")), ("nvcc", _tool("nvcc", "--version")),
              ("PyAV", metadata.version("av"))]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        facts.append((f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+        facts.append((f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, "
+                                      f"{gpu.total_memory / 2**30:.0f} GiB"))
     return facts if torch.cuda.device_count() else facts + [("GPU", _no_gpu())]
 
 
@@ -42,7 +45,8 @@ def _no_gpu() -> str:
 
 
 def _tool(name: str, flag: str) -> str:
-    """The tool's path and the line of its answer that has the version, or that it is missing or does not run."""
+    """The tool's path and the line of its answer that has the version, or that it is missing or does not run.
+    """
     path = shutil.which(name)
     if path is None:
         return f"no {name} on PATH"
@@ -51,12 +55,15 @@ def _tool(name: str, flag: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{path} does not run: {error}"
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    version = next((line for line in lines if "release" in line), lines[0] if lines else f"exit {done.returncode}")
+    version = next((line for line in lines if "release" in line),
+                   lines[0] if lines else f"exit {done.returncode}")
     return f"{path}: {version}"
 
 
 def _op_lines(op: str, state: dict[str, str | None]) -> list[str]:
-    """What runs op where the model would be loaded: on a GPU if there is one. "cpu" is for tensors on the CPU alone."""
+    """What runs op where the model would be loaded: on a GPU if there is one. "cpu" is for tensors on the CPU
+    alone.
+    """
     gpu = torch.cuda.is_available()
     usable = {name: reason or ("for tensors on the CPU" if gpu and name == "cpu" else None)
               for name, reason in state.items()}
@@ -78,7 +85,8 @@ def _advice(table: dict[str, dict[str, str | None]]) -> list[str]:
         elif torch.version.cuda is not None and shutil.which("nvidia-smi"):
             lines.append("torch has CUDA but sees no GPU: check the driver with nvidia-smi")
         else:
-            lines.append("GPU backends: an NVIDIA GPU (compute capability 8.0 or later), its driver, a torch with CUDA")
+            lines.append("GPU backends: an NVIDIA GPU (compute capability 8.0 or later), its driver, "
+                         "a torch with CUDA")
     if "cpu" in refused:
         compiler = "" if shutil.which("c++") else "a C++ compiler (Debian: apt install g++), then "
         lines.append(f"C++ kernels: {compiler}pip install --no-build-isolation . in the source folder")

@@ -10,11 +10,14 @@ from .config import LATENT_FRAMES, PATCH, FlashVSRConfig
 TIME_STEP = 1000.0  # the one step starts from pure noise
 EPS = 1e-6
 _BLOCK_LINEARS = [f"{attn}.{part}" for attn in ("self_attn", "cross_attn") for part in "qkvo"]
-_STAGES = ((5, 9, 10), (11, 15, 16), (17, 21, 22))  # first memory block, growth and convolution in the official numbering
+# first memory block, growth and convolution in the official numbering
+_STAGES = ((5, 9, 10), (11, 15, 16), (17, 21, 22))
 
 
 def expected_shapes(config: FlashVSRConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its official name behind "dit.", "lq." or "decoder.", and the prompt's "context"."""
+    """Every tensor of a checkpoint by its official name behind "dit.", "lq." or "decoder.", and the prompt's
+    "context".
+    """
     C, hidden, channels = config.dim, config.ffn_dim, config.latent_channels
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -60,11 +63,13 @@ def expected_shapes(config: FlashVSRConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fuse_dit(config: FlashVSRConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State of dit.DiT: time embedding and modulation added up, prompt keys and values computed, q, k and v joined.
+    """State of dit.DiT: time embedding and modulation added up, prompt keys and values computed, q, k and v
+    joined.
 
     Computed in float32 (or wider, if the tensors are); differentiable.
     """
-    w = {name[4:]: t if t.dtype == torch.float64 else t.float() for name, t in tensors.items() if name.startswith("dit.")}
+    w = {name[4:]: t if t.dtype == torch.float64 else t.float()
+         for name, t in tensors.items() if name.startswith("dit.")}
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
@@ -107,9 +112,11 @@ def fuse_lq(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """State of lq_proj.LQProjector."""
     fused = {}
     for i in "12":
-        fused |= {f"conv{i}_weight": tensors[f"lq.conv{i}.weight"], f"conv{i}_bias": tensors[f"lq.conv{i}.bias"],
+        fused |= {f"conv{i}_weight": tensors[f"lq.conv{i}.weight"],
+                  f"conv{i}_bias": tensors[f"lq.conv{i}.bias"],
                   f"norm{i}": tensors[f"lq.norm{i}.gamma"].flatten()}
-    return fused | {"linear_weight": tensors["lq.linear_layers.0.weight"], "linear_bias": tensors["lq.linear_layers.0.bias"]}
+    return fused | {"linear_weight": tensors["lq.linear_layers.0.weight"],
+                    "linear_bias": tensors["lq.linear_layers.0.bias"]}
 
 
 def fuse_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,8 +30,9 @@ class LQProjector(nn.Module):
     def forward(self, clip: Tensor, tail: list[Tensor]) -> Tensor:
         """Tokens (B, H/16 * W/16, dim) of the next clip, (B, 4, H, W, 3) in [-1, 1].
 
-        tail: the context in front of each convolution, (B, 2, H/16, W/16, 768) and (B, 2, H/16, W/16, lq_hidden[0]);
-        v1.1 reads it and replaces it by the clip's own, v1 uses the clip's own frames instead.
+        tail: the context in front of each convolution, (B, 2, H/16, W/16, 768) and
+        (B, 2, H/16, W/16, lq_hidden[0]); v1.1 reads it and replaces it by the clip's own,
+        v1 uses the clip's own frames instead.
         """
         x = unshuffle(clip, PATCH)
         y = self._first(x, tail[0] if self.carries else x[:, 2:])
@@ -42,7 +43,8 @@ class LQProjector(nn.Module):
         return F.linear(z.flatten(1, 3), self.linear_weight, self.linear_bias)
 
     def _first(self, x: Tensor, tail: Tensor) -> Tensor:
-        return F.silu(rms_norm(causal_conv3d(x, self.conv1_weight, self.conv1_bias, tail), self.norm1, eps=EPS))
+        return F.silu(rms_norm(causal_conv3d(x, self.conv1_weight, self.conv1_bias, tail),
+                               self.norm1, eps=EPS))
 
 
 def _keep(buffer: Tensor, new: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from .clip import Clip, Picture, error_text, temporary
-from .pixels import (FULL, RGB, UNSPECIFIED, Tags, UserError, bits, check, display_matrix, rgb_frame, to_frame,
-                     to_rgb, upright)
+from .pixels import (FULL, RGB, UNSPECIFIED, Tags, UserError, bits, check, display_matrix,
+                     rgb_frame, to_frame, to_rgb, upright)
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 NO_TAGS = Tags(UNSPECIFIED, UNSPECIFIED, RGB, FULL)
@@ -39,7 +39,8 @@ def open_folder(folder: Path, start: float, frames: int | None, rate: Fraction) 
     skipped = round(start * rate)
     paths = paths[skipped:][:frames]
     if not paths:
-        raise UserError(f"{folder}: no frame at or after {start:g} s (its pictures count {rate} to the second)")
+        raise UserError(f"{folder}: no frame at or after {start:g} s (its pictures count "
+                        f"{rate} to the second)")
     first = read_picture(paths[0])
     check(first, str(paths[0]))
     depth, reformatter = bits(first.format), VideoReformatter()
@@ -55,16 +56,21 @@ def open_folder(folder: Path, start: float, frames: int | None, rate: Fraction) 
                                 f"{size[1]}x{size[0]}")
             yield Picture(np.ascontiguousarray(rgb), number, 1, path.stem if unique else "")
 
-    height, width = upright(np.empty((first.height, first.width, 3), np.uint8), display_matrix(first)).shape[:2]
+    height, width = upright(np.empty((first.height, first.width, 3), np.uint8),
+                            display_matrix(first)).shape[:2]
     tags = Tags(UNSPECIFIED, UNSPECIFIED, RGB, 0)       # what the arrays are, whatever the files held
     return Clip(str(folder), width, height, rate, 1 / rate, depth, "rgb", tags, len(paths), items=pictures())
 
 
 class FolderWriter:
-    """A folder of PNGs, 8 or 16 bits as the arrays are, turned upright, named as the input's pictures or by number."""
+    """A folder of PNGs, 8 or 16 bits as the arrays are, turned upright, named as the input's pictures or by
+    number.
+    """
 
     def __init__(self, clip: Clip, path: str, width: int, height: int):
-        """path: the folder, made in finish(); if it exists its other files stay. Raises UserError if it cannot be."""
+        """path: the folder, made in finish(); if it exists its other files stay. Raises UserError if it
+        cannot be.
+        """
         self.name, self.path, self.clip, self.width, self.height = path, Path(path), clip, width, height
         self.pictures, self.reformatter = 0, VideoReformatter()
         self.part = temporary(self.path.absolute())

@@ -1,4 +1,6 @@
-"""One upscale from an open Clip to a writer: reading ahead in a thread, the model here, writing behind in a thread."""
+"""One upscale from an open Clip to a writer: reading ahead in a thread, the model here, writing behind in a
+thread.
+"""
 import queue
 import threading
 import time
@@ -17,7 +19,9 @@ AHEAD, BEHIND = 16, 8           # items read ahead, items that wait to be writte
 
 @dataclass(frozen=True)
 class Summary:
-    """frames: written; seconds: from the first frame read to the file's end; interrupted: Ctrl-C ended it early."""
+    """frames: written; seconds: from the first frame read to the file's end; interrupted: Ctrl-C ended it
+    early.
+    """
     frames: int
     seconds: float
     interrupted: bool
@@ -68,7 +72,9 @@ def read_ahead(items: Iterable, depth: int) -> Iterator:
 
 
 class WriteBehind:
-    """A writer's calls done in a thread, at most depth of them waiting; its exceptions are raised by the next call."""
+    """A writer's calls done in a thread, at most depth of them waiting; its exceptions are raised by the next
+    call.
+    """
 
     def __init__(self, writer, depth: int):
         self.writer, self.box, self.stopped = writer, queue.Queue(depth), threading.Event()
@@ -122,15 +128,16 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
             progress: Callable[[int], None] = lambda frames: None) -> Summary:
     """Every picture of clip through upscaler into writer, packets beside them.
 
-    upscaler: new_state(h, w) -> state, push(state, (1, h, w, 3)) and flush(state) -> (t, 4h, 4w, 3) tensors or arrays;
-        for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1]
+    upscaler: new_state(h, w) -> state, push(state, (1, h, w, 3)) and flush(state) -> (t, 4h, 4w, 3) tensors
+        or arrays; for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1]
     writer: VideoWriter or FolderWriter    watch: called with each frame and its result, arrays as they are
     progress: called after each push with the number of frames that came out
     Ctrl-C ends the output with the frames that are done. Any other exception removes it and is raised.
     """
     began, waiting, interrupted = time.perf_counter(), deque(), False
     try:
-        state = upscaler.new_state(clip.height, clip.width, **({"out_dtype": torch.float32} if clip.deep else {}))
+        state = upscaler.new_state(clip.height, clip.width,
+                                   **({"out_dtype": torch.float32} if clip.deep else {}))
     except BaseException as error:
         writer.abort()
         if isinstance(error, ValueError):

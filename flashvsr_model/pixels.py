@@ -1,4 +1,5 @@
-"""Pixels of video frames as RGB arrays and back: colour matrix and range by the tags, depth, display matrix."""
+"""Pixels of video frames as RGB arrays and back: colour matrix and range by the tags, depth, display matrix.
+"""
 import struct
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 RGB, BT709, UNSPECIFIED, RESERVED, SMPTE170M = 0, 1, 2, 3, 6               # AVColorSpace
 LIMITED, FULL = 1, 2                                                       # AVColorRange
 # AVColorSpace -> weights of red and blue in luma: BT.709, FCC, BT.470BG, SMPTE 170M and 240M, BT.2020
-LUMA = {BT709: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), SMPTE170M: (0.299, 0.114), 7: (0.212, 0.087),
-        9: (0.2627, 0.0593)}
+LUMA = {BT709: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), SMPTE170M: (0.299, 0.114),
+        7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 SWS = {SMPTE170M: 5}                            # AVColorSpace -> swscale's number where they differ
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
@@ -23,7 +24,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Tags:
-    """The colour tags of a stream as FFmpeg's numbers: AVColorPrimaries, ...Transfer, ...Space and ...Range."""
+    """The colour tags of a stream as FFmpeg's numbers: AVColorPrimaries, ...Transfer, ...Space and ...Range.
+    """
     primaries: int
     transfer: int
     space: int
@@ -41,7 +43,9 @@ class Tags:
         return BT709 if width >= 1280 or height > 576 else SMPTE170M
 
     def for_size(self, width: int, height: int, from_width: int, from_height: int) -> "Tags":
-        """The tags of a resized picture: unset ones stay unset unless players would then guess another matrix."""
+        """The tags of a resized picture: unset ones stay unset unless players would then guess another
+        matrix.
+        """
         if self.matrix(from_width, from_height) == self.matrix(width, height):
             return self
         return Tags(self.primaries, self.transfer, self.matrix(from_width, from_height), self.range)
@@ -75,18 +79,23 @@ def chroma(pixels: VideoFormat) -> str:
 
 
 def to_rgb(frame: VideoFrame, tags: Tags, reformatter: VideoReformatter) -> np.ndarray:
-    """(h, w, 3) full-range RGB by the matrix and range of tags: uint8, or uint16 of a frame deeper than 8 bits."""
+    """(h, w, 3) full-range RGB by the matrix and range of tags: uint8, or uint16 of a frame deeper than 8
+    bits.
+    """
     deep, flags = bits(frame.format) > 8, Interpolation.BICUBIC | EXACT
     if frame.format.is_rgb or frame.format.has_palette:
-        return reformatter.reformat(frame, format="rgb48le" if deep else "rgb24", interpolation=flags).to_ndarray()
+        return reformatter.reformat(frame, format="rgb48le" if deep else "rgb24",
+                                    interpolation=flags).to_ndarray()
     frame.colorspace = space = tags.matrix(frame.width, frame.height)
     frame.color_range = tags.range or frame.color_range or LIMITED
     if not deep:
         return reformatter.reformat(frame, format="rgb24", interpolation=flags).to_ndarray()
     # swscale's own deep RGB is up to 4 of 1023 too dark (FFmpeg 8.1), so it only brings chroma to full size
-    y, u, v = np.moveaxis(reformatter.reformat(frame, format="yuv444p16le", interpolation=flags).to_ndarray(), 2, 0)
+    y, u, v = np.moveaxis(reformatter.reformat(frame, format="yuv444p16le",
+                                               interpolation=flags).to_ndarray(), 2, 0)
     top, black, swing, chroma_swing = _levels(frame.color_range, bits(frame.format))
-    y, u, v = (y.astype(np.float32) - black) / swing, *((c.astype(np.float32) - 32768) / chroma_swing for c in (u, v))
+    y, u, v = (y.astype(np.float32) - black) / swing, *((c.astype(np.float32) - 32768) / chroma_swing
+                                                        for c in (u, v))
     red, blue = LUMA[space]
     r, b = y + v * (2 - 2 * red), y + u * (2 - 2 * blue)
     g = (y - red * r - blue * b) / (1 - red - blue)
@@ -95,7 +104,8 @@ def to_rgb(frame: VideoFrame, tags: Tags, reformatter: VideoReformatter) -> np.n
 
 def to_frame(rgb: np.ndarray, tags: Tags, space: int, pix_fmt: str, size: tuple[int, int],
              reformatter: VideoReformatter) -> VideoFrame:
-    """A frame of pix_fmt with tags from (H, W, 3) uint8 or uint16 RGB, brought to size (width, height) by Lanczos.
+    """A frame of pix_fmt with tags from (H, W, 3) uint8 or uint16 RGB, brought to size (width, height) by
+    Lanczos.
 
     space: the matrix to convert by where pix_fmt is YUV, which tags may leave unset
     """
@@ -105,15 +115,16 @@ def to_frame(rgb: np.ndarray, tags: Tags, space: int, pix_fmt: str, size: tuple[
     if rgb.dtype == np.uint16 and not pixels.is_rgb:
         frame = _yuv16(rgb, space, crange, bits(pixels))
     if frame.format.name != pix_fmt or (frame.width, frame.height) != size:
-        frame = reformatter.reformat(frame, *size, pix_fmt, interpolation=flags, dst_colorspace=SWS.get(space, space),
-                                     dst_color_range=crange)
+        frame = reformatter.reformat(frame, *size, pix_fmt, interpolation=flags,
+                                     dst_colorspace=SWS.get(space, space), dst_color_range=crange)
     tags.put(frame)
     return frame
 
 
 def rgb_frame(rgb: np.ndarray) -> VideoFrame:
     """A frame of (h, w, 3) uint8 or uint16 RGB as it is."""
-    return VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb48le" if rgb.dtype == np.uint16 else "rgb24")
+    return VideoFrame.from_ndarray(np.ascontiguousarray(rgb),
+                                   format="rgb48le" if rgb.dtype == np.uint16 else "rgb24")
 
 
 def _levels(crange: int, depth: int) -> tuple[int, int, int, int]:
@@ -137,20 +148,24 @@ def _yuv16(rgb: np.ndarray, space: int, crange: int, depth: int) -> VideoFrame:
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, ...] | None:
-    """The frame's display matrix, 9 integers as in FFmpeg, None if it has none or one that changes nothing."""
+    """The frame's display matrix, 9 integers as in FFmpeg, None if it has none or one that changes nothing.
+    """
     data = frame.side_data.get(SideType.DISPLAYMATRIX)
     matrix = struct.unpack("=9i", bytes(data)) if data is not None else None
     return None if matrix is None or matrix[:5] == (65536, 0, 0, 0, 65536) else matrix
 
 
 def upright(rgb: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
-    """rgb (h, w, c) turned and mirrored as a display matrix of quarter turns says; UserError for any other matrix."""
+    """rgb (h, w, c) turned and mirrored as a display matrix of quarter turns says; UserError for any other
+    matrix.
+    """
     if matrix is None:
         return rgb
     a, b, c, d = (round(matrix[i] / 65536) for i in (0, 1, 3, 4))
     off = max(abs(matrix[i] - 65536 * round(matrix[i] / 65536)) for i in (0, 1, 3, 4))
     if off > 8 or sorted(map(abs, (a, b, c, d))) != [0, 0, 1, 1] or abs(a) != abs(d):
-        raise UserError(f"the display matrix {matrix} is not one of quarter turns: write a .mp4, .mov or .mkv")
+        raise UserError(f"the display matrix {matrix} is not one of quarter turns: "
+                        "write a .mp4, .mov or .mkv")
     # x' = a x + c y, y' = b x + d y: where the diagonal is empty x and y change places, then signs mirror
     if a == 0:
         rgb, a, d = rgb.transpose(1, 0, 2), c, b

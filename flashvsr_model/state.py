@@ -13,8 +13,8 @@ from .config import FIRST_FRAMES, PATCH, SCALE, TILE, FlashVSRConfig
 class KVRing:
     """Rotated keys, values and key-block means of the newest slices, for every layer; fixed size.
 
-    A slice's slot is its number modulo the slots, so once full the slots are not in the order of time: attention does not
-    mind, and slot_order tells.
+    A slice's slot is its number modulo the slots, so once full the slots are not in the order of time:
+    attention does not mind, and slot_order tells.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, means: Tensor):
@@ -29,11 +29,14 @@ class KVRing:
         self.chunk = slices
         self.first = self.written % self.slots
         if self.first + slices > self.slots:
-            raise ValueError(f"a chunk of {slices} slices does not fit behind slot {self.first} of {self.slots}")
+            raise ValueError(f"a chunk of {slices} slices does not fit behind slot "
+                             f"{self.first} of {self.slots}")
         self.filled = min(self.written + slices, self.slots)
 
     def slot(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """Where this chunk's keys and values of a layer go, (1, slices * S * 128, H, D) each; None: append takes them."""
+        """Where this chunk's keys and values of a layer go, (1, slices * S * 128, H, D) each; None: append
+        takes them.
+        """
         size = self.blocks * BLOCK
         rows = slice(self.first * size, (self.first + self.chunk) * size)
         return self.keys[layer, :, rows], self.values[layer, :, rows]
@@ -42,7 +45,8 @@ class KVRing:
         """All keys, values and key means that the chunk sees; k and v stand in their slot already."""
         self.means[layer, :, :, self.first * self.blocks:(self.first + self.chunk) * self.blocks] = mean
         rows = self.filled * self.blocks * BLOCK
-        return self.keys[layer, :, :rows], self.values[layer, :, :rows], self.means[layer, :, :, :self.filled * self.blocks]
+        return (self.keys[layer, :, :rows], self.values[layer, :, :rows],
+                self.means[layer, :, :, :self.filled * self.blocks])
 
     def end(self) -> None:
         self.written += self.chunk
@@ -52,7 +56,9 @@ class KVRing:
         return [s % self.slots for s in range(self.written - self.filled, self.written)]
 
     def shift_time(self, latents: int, pairs: int) -> None:
-        """Moves all keys that many latents towards the past; pairs: complex pairs of a head that turn with time."""
+        """Moves all keys that many latents towards the past; pairs: complex pairs of a head that turn with
+        time.
+        """
         turn = rope_table(torch.tensor([-latents], device=self.keys.device), pairs)[0]
         for rotated in (self.keys, self.means):
             for layer in rotated:  # one layer at a time: the float32 copy stays small
@@ -81,7 +87,8 @@ class Geometry:
     def border(self) -> tuple[int, int, int, int]:
         """What the picture is continued by inside: left, right, top, bottom."""
         left = top = self.margin
-        return left, self.padded_width - SCALE * self.width - left, top, self.padded_height - SCALE * self.height - top
+        return (left, self.padded_width - SCALE * self.width - left,
+                top, self.padded_height - SCALE * self.height - top)
 
     def picture(self, frames: Tensor) -> Tensor:
         """The picture out of (..., padded_height, padded_width, 3)."""
@@ -97,11 +104,13 @@ class Geometry:
         return (self.padded_height // TILE) * (self.padded_width // TILE)
 
 
-def _shapes(config: FlashVSRConfig, g: Geometry, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(config: FlashVSRConfig, g: Geometry,
+            dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     S, slots, (h, w) = g.slice_blocks, config.ring_slices, g.tokens
     heads = (config.num_heads, config.head_dim)
     wide = config.decoder_channels[:3]
-    memory = {f"decoder.{i}": ((1, 1, 2 * h << i // 3, 2 * w << i // 3, wide[i // 3]), dtype) for i in range(9)}
+    memory = {f"decoder.{i}": ((1, 1, 2 * h << i // 3, 2 * w << i // 3, wide[i // 3]), dtype)
+              for i in range(9)}
     return {
         "frames": ((FIRST_FRAMES, g.height, g.width, 3), torch.float32),
         "keys": ((config.num_layers, 1, slots * S * BLOCK, *heads), dtype),
@@ -118,7 +127,9 @@ class StreamState:
 
     def __init__(self, config: FlashVSRConfig, height: int, width: int, *, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", out_dtype: torch.dtype = torch.uint8):
-        """height, width: of the input    dtype: of the model    out_dtype: of the frames that come out, uint8 or float32"""
+        """height, width: of the input    dtype: of the model
+        out_dtype: of the frames that come out, uint8 or float32
+        """
         if out_dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"out_dtype must be torch.uint8 or torch.float32, got {out_dtype}")
         self.geometry = Geometry.of(height, width, config.margin)
@@ -126,7 +137,8 @@ class StreamState:
         made = {name: torch.zeros(shape, dtype=kind, device="cpu" if name == "frames" else device)
                 for name, (shape, kind) in _shapes(config, self.geometry, dtype).items()}
         self._tensors = made
-        self.frames = made["frames"]  # newest input frames, 0 to 255; on the host, where the bicubic enlargement runs
+        # newest input frames, 0 to 255; on the host, where the bicubic enlargement runs
+        self.frames = made["frames"]
         self.kv = KVRing(made["keys"], made["values"], made["means"])
         self.lq_tail = [made["lq.0"], made["lq.1"]]
         self.decoder = [made[f"decoder.{i}"] for i in range(9)]
@@ -140,6 +152,7 @@ class StreamState:
         self.chunk = 0
         self.time = 0                       # rotary position of the next latent
         self.flushed = False
+        self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
         for memory in (*self.lq_tail, *self.decoder):
             memory.zero_()
@@ -149,7 +162,8 @@ class StreamState:
         return sum(t.nbytes for t in self._tensors.values())
 
     @staticmethod
-    def plan(config: FlashVSRConfig, height: int, width: int, *, dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    def plan(config: FlashVSRConfig, height: int, width: int, *,
+             dtype: torch.dtype = torch.float32) -> dict[str, int]:
         """Bytes of each part of the state for an input of height x width, without allocating anything."""
         parts: dict[str, int] = {}
         for name, (shape, kind) in _shapes(config, Geometry.of(height, width, config.margin), dtype).items():

@@ -11,7 +11,8 @@ from torch import Tensor
 from flashvsr_kernels import local_window, rope_table
 
 from .color import match_color
-from .config import (FIRST_FRAMES, FIRST_LATENTS, LATENT_FRAMES, LOOKAHEAD, SCALE, SLICE_FRAMES, TILE, FlashVSRConfig)
+from .config import (FIRST_FRAMES, FIRST_LATENTS, LATENT_FRAMES, LOOKAHEAD, SCALE,
+                     SLICE_FRAMES, TILE, FlashVSRConfig)
 from .decoder import Decoder
 from .dit import DiT
 from .fuse import fuse_decoder, fuse_dit, fuse_lq
@@ -20,7 +21,8 @@ from .state import Geometry, StreamState
 
 
 class StreamingUpscaler:
-    """A FlashVSR model that upscales streams. It holds weights only: everything that changes is in a StreamState.
+    """A FlashVSR model that upscales streams. It holds weights only: everything that changes is in a
+    StreamState.
 
         state = upscaler.new_state(height, width)
         for frames in source:                       # any number at a time
@@ -31,17 +33,22 @@ class StreamingUpscaler:
     def __init__(self, config: FlashVSRConfig, dit: DiT, lq_proj: LQProjector, decoder: Decoder):
         self.config, self.dit, self.lq_proj, self.decoder = config, dit, lq_proj, decoder
         self.dtype, self.device = dit.patch_weight.dtype, dit.patch_weight.device
-        self._time_table = rope_table(torch.arange(config.rope_positions), config.rope_split[0]).to(self.device)
+        self._time_table = rope_table(torch.arange(config.rope_positions),
+                                      config.rope_split[0]).to(self.device)
         self._sizes: dict[Geometry, tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
     @classmethod
-    def from_tensors(cls, config: FlashVSRConfig, tensors: dict[str, Tensor], *, device: torch.device | str = "cpu",
+    def from_tensors(cls, config: FlashVSRConfig, tensors: dict[str, Tensor], *,
+                     device: torch.device | str = "cpu",
                      dtype: torch.dtype = torch.float32) -> "StreamingUpscaler":
-        """From checkpoint tensors with the names and shapes of fuse.expected_shapes(config), on any device and dtype."""
+        """From checkpoint tensors with the names and shapes of fuse.expected_shapes(config), on any device
+        and dtype.
+        """
         with torch.device("meta"):
             parts = DiT(config), LQProjector(config), Decoder(config)
         for part, state in zip(parts, (fuse_dit(config, tensors), fuse_lq(tensors), fuse_decoder(tensors))):
-            part.load_state_dict({name: t.detach().to(device, dtype) for name, t in state.items()}, strict=True, assign=True)
+            part.load_state_dict({name: t.detach().to(device, dtype) for name, t in state.items()},
+                                 strict=True, assign=True)
             part.requires_grad_(False).eval()
         for name, p in parts[2].named_parameters():
             if p.ndim == 4:  # NHWC, as the pictures are
@@ -56,39 +63,42 @@ class StreamingUpscaler:
         """
         g = Geometry.of(height, width, self.config.margin)
         if self.config.topk(g.padded_height, g.padded_width) < 1:
-            raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at {width}x{height}; raise it")
-        return StreamState(self.config, height, width, dtype=self.dtype, device=self.device, out_dtype=out_dtype)
+            raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at "
+                             f"{width}x{height}; raise it")
+        return StreamState(self.config, height, width, dtype=self.dtype, device=self.device,
+                           out_dtype=out_dtype)
 
     def push(self, state: StreamState, frames: Tensor | np.ndarray | Iterable[np.ndarray]) -> Tensor:
         """Takes frames, gives those that are ready: 21 after the first 25, then 8 for every 8.
 
         frames: (T, h, w, 3) uint8, or float in [0, 1], or an iterable of (h, w, 3)
         Returns (t, 4h, 4w, 3), t >= 0, in the state's out_dtype, on the model's device.
-        Raises ValueError if a frame is not what the state was made for; frames before it have been taken.
+        Raises ValueError if a frame is not what the state was made for; the frames before it have been taken,
+        and what they gave comes with the next push or flush.
         """
         if state.flushed:
-            raise ValueError("the stream was flushed; start another with new_state, or this one again with state.reset()")
+            raise ValueError("the stream was flushed; start another with new_state, "
+                             "or this one again with state.reset()")
         if isinstance(frames, (Tensor, np.ndarray)) and frames.ndim != 4:
             raise ValueError(f"frames must be (T, h, w, 3), got {tuple(frames.shape)}")
-        ready = []
         for frame in frames:
             self._take(state, torch.as_tensor(frame))
             if state.held == FIRST_FRAMES or state.chunk and state.held == LOOKAHEAD + SLICE_FRAMES:
-                ready.extend(self._chunk(state))
-        return self._join(state, ready)
+                self._chunk(state)
+        return self._give(state)
 
     def flush(self, state: StreamState) -> Tensor:
-        """Ends the stream: the frames not yet given, (t, 4h, 4w, 3). The last frame stands in for those after it."""
-        ready = []
-        missing = state.pushed - state.emitted
-        while state.pushed and missing > sum(len(r) for r in ready):
+        """Ends the stream: the frames not yet given, (t, 4h, 4w, 3). The last frame stands in for those after
+        it.
+        """
+        while state.emitted < state.pushed:
             need = (LOOKAHEAD + SLICE_FRAMES) if state.chunk else FIRST_FRAMES
             state.frames[state.held:need] = state.frames[state.held - 1]
             state.held = need
-            ready.extend(self._chunk(state))
-        state.flushed = True
-        state.emitted = state.pushed
-        return self._join(state, ready)[:missing]
+            self._chunk(state)
+        frames = self._give(state)
+        surplus, state.emitted, state.flushed = state.emitted - state.pushed, state.pushed, True
+        return frames[:len(frames) - surplus]
 
     def upscale(self, frames: Tensor | np.ndarray) -> Tensor:
         """A whole clip (T, h, w, 3), T >= 1, to (T, 4h, 4w, 3) uint8."""
@@ -100,9 +110,10 @@ class StreamingUpscaler:
     def step(self, state: StreamState, frames: Tensor) -> Iterator[Tensor]:
         """One chunk of the model itself.
 
-        frames: (B, 25, H, W, 3) for the first chunk, then (B, 12, H, W, 3) of which 4 were the last of the chunk before;
-        enlarged and padded to multiples of 128, in [-1, 1]
-        Yields (B, t, H, W, 3), about [-1, 1] and unclamped, without colour matching: 21 frames in all, then 8.
+        frames: (B, 25, H, W, 3) for the first chunk, then (B, 12, H, W, 3) of which 4 were the last of the
+        chunk before; enlarged and padded to multiples of 128, in [-1, 1]
+        Yields (B, t, H, W, 3), about [-1, 1] and unclamped, without colour matching: 21 frames in all, then
+        8.
         """
         g, first = state.geometry, state.chunk == 0
         latents = FIRST_LATENTS if first else 2
@@ -118,11 +129,12 @@ class StreamingUpscaler:
             state.kv.shift_time(state.time - now, self.config.rope_split[0])
             state.time = now
         (rows, cols), local = self._size(g)
-        noise = self.noise(state.chunk, (len(frames), self.config.latent_channels, latents, g.padded_height // 8,
-                                         g.padded_width // 8))
+        noise = self.noise(state.chunk, (len(frames), self.config.latent_channels,
+                                         latents, g.padded_height // 8, g.padded_width // 8))
         state.kv.begin(latents // 2, g.slice_blocks)
         tables = self._time_table[state.time:state.time + latents], rows, cols
-        latent = noise - self.dit(noise, lq, tables, state.kv, local, self.config.topk(g.padded_height, g.padded_width))
+        latent = noise - self.dit(noise, lq, tables, state.kv, local,
+                                  self.config.topk(g.padded_height, g.padded_width))
         state.kv.end()
         state.time += latents
         state.chunk += 1
@@ -130,7 +142,8 @@ class StreamingUpscaler:
         cond = frames[:, :-LOOKAHEAD]
         if first:  # the decoder drops the three frames that the first latent has no input for
             cond = torch.cat([cond[:, :1].expand(-1, 3, -1, -1, -1), cond], 1)
-        for i in range(latents):  # one at a time: full-size activations of one latent are most of what a stream needs
+        # one at a time: full-size activations of one latent are most of what a stream needs
+        for i in range(latents):
             part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 1)]
             decoded = self.decoder(latent[:, :, i:i + 1], part, state.decoder)
             yield (decoded[:, 3:] if first and i == 0 else decoded).mul(2).sub_(1)
@@ -156,14 +169,16 @@ class StreamingUpscaler:
     def _take(self, state: StreamState, frame: Tensor) -> None:
         g = state.geometry
         if frame.shape != (g.height, g.width, 3):
-            raise ValueError(f"frames must be ({g.height}, {g.width}, 3) for this state, got {tuple(frame.shape)}")
+            raise ValueError(f"frames must be ({g.height}, {g.width}, 3) for this state, "
+                             f"got {tuple(frame.shape)}")
         eight_bit = frame.dtype == torch.uint8
         if not eight_bit and not frame.is_floating_point():
             raise ValueError(f"frames must be uint8 or float, got {frame.dtype}")
         if state.eight_bit is None:
             state.eight_bit = eight_bit
         if state.eight_bit != eight_bit:
-            raise ValueError(f"the stream began with {'uint8' if state.eight_bit else 'float'} frames, got {frame.dtype}")
+            raise ValueError(f"the stream began with {'uint8' if state.eight_bit else 'float'} "
+                             f"frames, got {frame.dtype}")
         state.frames[state.held].copy_(frame)
         if not eight_bit:
             state.frames[state.held].mul_(255).clamp_(0, 255)
@@ -171,19 +186,18 @@ class StreamingUpscaler:
         state.pushed += 1
 
     @torch.no_grad()
-    def _chunk(self, state: StreamState) -> list[Tensor]:
+    def _chunk(self, state: StreamState) -> None:
         g = state.geometry
         source = self.enlarge(state.frames[:state.held], state.eight_bit).to(self.device)
         padded = F.pad(source.permute(0, 3, 1, 2), g.border, mode="replicate").permute(0, 2, 3, 1)
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
         state.held = LOOKAHEAD
-        ready, done = [], 0
+        done = 0
         for (frames,) in self.step(state, padded[None]):
             frames = match_color(g.picture(frames), source[done:done + len(frames)], self.config.color)
-            ready.append(self._finish(frames, state.out_dtype))
+            state.ready.append(self._finish(frames, state.out_dtype))
             done += len(frames)
         state.emitted += done
-        return ready
 
     @staticmethod
     def enlarge(frames: Tensor, eight_bit: bool) -> Tensor:
@@ -205,7 +219,8 @@ class StreamingUpscaler:
         levels = frames.add(1).mul_(127.5)
         return (levels if self.config.exact_upstream else levels.round_()).clamp_(0, 255).to(torch.uint8)
 
-    def _join(self, state: StreamState, ready: list[Tensor]) -> Tensor:
-        g = state.geometry
-        empty = torch.empty((0, SCALE * g.height, SCALE * g.width, 3), dtype=state.out_dtype, device=self.device)
-        return torch.cat([empty, *ready])
+    def _give(self, state: StreamState) -> Tensor:
+        g, ready = state.geometry, state.ready
+        state.ready = []
+        return torch.cat([torch.empty((0, SCALE * g.height, SCALE * g.width, 3), dtype=state.out_dtype,
+                                      device=self.device), *ready])

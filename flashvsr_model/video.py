@@ -26,7 +26,8 @@ def open_clip(source: str, *, start: float = 0.0, frames: int | None = None, rat
               note: Callable[[str], None] = lambda line: None) -> Clip:
     """The clip at source, read up to its first frame.
 
-    source: a video file, a folder of pictures in natural order of their names, or "-" for a stream on standard input
+    source: a video file, a folder of pictures in natural order of their names, or "-" for a stream on
+       standard input
     start: seconds; the first frame at or after it is the first that is given
     frames: at most that many; None for all    rate: frames per second of a folder
     note: takes lines the user should see (what is left out)
@@ -38,7 +39,9 @@ def open_clip(source: str, *, start: float = 0.0, frames: int | None = None, rat
 
 
 def _exact(ratio) -> Fraction | None:
-    """A Fraction of PyAV's ratio (before 19 a Fraction or None, then a type of its own that is false when unset)."""
+    """A Fraction of PyAV's ratio (before 19 a Fraction or None, then a type of its own that is false when
+    unset).
+    """
     return Fraction(ratio.numerator, ratio.denominator) if ratio else None
 
 
@@ -51,7 +54,9 @@ class _NoSeek:
 
 
 class _Decoder:
-    """One video stream decoded, the packets of the streams beside it passed on; all times start at the origin."""
+    """One video stream decoded, the packets of the streams beside it passed on; all times start at the
+    origin.
+    """
 
     def __init__(self, source: str, start: float, frames: int | None, note: Callable[[str], None]):
         self.name = "standard input" if source == "-" else source
@@ -61,7 +66,8 @@ class _Decoder:
         self.packets: list[av.Packet] = []              # of other streams, until the origin is known
         self.count, self.broken, self.last_pts, self.end = 0, 0, None, Fraction(0)
         self.container = self._open(source)
-        videos = [s for s in self.container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        videos = [s for s in self.container.streams.video
+                  if not s.disposition & av.stream.Disposition.attached_pic]
         if not videos:
             raise UserError(f"{self.name}: no video stream")
         self.stream = videos[0]
@@ -110,7 +116,8 @@ class _Decoder:
         first = next(frames, None)
         if first is None:
             after = f" at or after {self.start:g} s" if self.start else ""
-            raise UserError(f"{self.name}: no frame could be decoded{after}" + "".join(f"; {p}" for p in self.problems))
+            raise UserError(f"{self.name}: no frame could be decoded{after}"
+                            + "".join(f"; {p}" for p in self.problems))
         check(first, self.name)
         self.tags, self.size = Tags.of(first), (first.width, first.height)
         self.origin = self._time(first) if self.start > 0 else self.begin
@@ -118,9 +125,10 @@ class _Decoder:
             self.note(f"the alpha channel of {self.name} is left out")
         chapters = [c | {"time_base": _exact(c["time_base"])} for c in self.container.chapters()]
         self.result = Clip(
-            self.name, first.width, first.height, self.rate, self.tick, bits(first.format), chroma(first.format),
-            self.tags, self._total(), _exact(self.stream.sample_aspect_ratio), display_matrix(first), self.origin,
-            self.copies, chapters, dict(self.container.metadata), dict(self.stream.metadata),
+            self.name, first.width, first.height, self.rate, self.tick, bits(first.format),
+            chroma(first.format), self.tags, self._total(), _exact(self.stream.sample_aspect_ratio),
+            display_matrix(first), self.origin, self.copies, chapters, dict(self.container.metadata),
+            dict(self.stream.metadata),
             self._items(first, frames), self.problems)
         return self.result
 
@@ -156,7 +164,9 @@ class _Decoder:
         self.end = max(self.end, (frame.pts + frame.duration) * self.tick)
 
     def _frames(self) -> Iterator[VideoFrame]:
-        """Decoded frames from `start` on, in rising time; packets of the copied streams gather in self.packets."""
+        """Decoded frames from `start` on, in rising time; packets of the copied streams gather in
+        self.packets.
+        """
         for packet in self._demux():
             if packet.stream is not self.stream:
                 self.packets.append(packet)
@@ -193,9 +203,11 @@ class _Decoder:
     def _judge(self) -> None:
         """At the end of the file: does it hold what its header states?"""
         if self.broken:
-            self.problems.append(f"{self.name} is damaged: {self.broken} packets could not be decoded ({self.why})")
+            self.problems.append(f"{self.name} is damaged: {self.broken} packets "
+                                 f"could not be decoded ({self.why})")
         promised = self._promised()
-        start = (self.stream.start_time or 0) * self.tick if self.stream.duration else 0    # Matroska's is an end
+        # Matroska's is an end
+        start = (self.stream.start_time or 0) * self.tick if self.stream.duration else 0
         if promised and self.end < start + promised - max(2 / self.rate, Fraction(1, 10)):
             self.problems.append(f"{self.name} is truncated: it states {float(promised):.2f} s and "
                                  f"holds {float(self.end - start):.2f} s")
@@ -205,8 +217,8 @@ class _Decoder:
         frame = first
         while frame is not None:
             if (frame.width, frame.height) != self.size:
-                raise UserError(f"{self.name}: the picture size changes from {self.size[0]}x{self.size[1]} to "
-                                f"{frame.width}x{frame.height} at frame {self.count}")
+                raise UserError(f"{self.name}: the picture size changes from {self.size[0]}x{self.size[1]} "
+                                f"to {frame.width}x{frame.height} at frame {self.count}")
             yield from self._moved()
             rgb = to_rgb(frame, self.tags, self.reformatter)
             yield Picture(rgb, frame.pts - shift, frame.duration)

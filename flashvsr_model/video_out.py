@@ -18,7 +18,8 @@ from .clip import Clip, Picture, error_text, temporary
 from .pixels import BT709, FULL, LIMITED, RGB, UNSPECIFIED, Tags, UserError, to_frame, upright
 
 # Suffix -> FFmpeg's muxer. Only containers that keep the time of every frame.
-CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".ts": "mpegts"}
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
+              ".ts": "mpegts"}
 HOLDS_MATRIX = {"mp4", "mov", "matroska", "webm"}
 CRF = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}      # near-transparent at 4x sizes
 # Written by the muxer of the input about its own file, untrue for ours.
@@ -31,10 +32,12 @@ def default_codec(path: str) -> str:
 
 
 def pixel_format(codec: av.Codec, chroma: str, depth: int, width: int, height: int) -> str:
-    """The codec's pixel format nearest to the input's: its depth first, then its chroma, more rather than less.
+    """The codec's pixel format nearest to the input's: its depth first, then its chroma, more rather than
+    less.
 
-    chroma: "420", "422", "444" or "rgb". An odd width rules out 422 and 420, an odd height 420: 444 is taken, nothing
-    is cropped. RGB input stays RGB only in a codec that is lossless by nature. Raises UserError if none fits.
+    chroma: "420", "422", "444" or "rgb". An odd width rules out 422 and 420, an odd height 420: 444 is taken,
+    nothing is cropped. RGB input stays RGB only in a codec that is lossless by nature. Raises UserError if
+    none fits.
     """
     have = {f.name for f in codec.video_formats or []}
     depths = [d for d in (8, 10, 12, 14, 16) if d >= depth] + [d for d in (14, 12, 10, 8) if d < depth]
@@ -47,12 +50,13 @@ def pixel_format(codec: av.Codec, chroma: str, depth: int, width: int, height: i
         for kind in kinds:
             names = ("rgb24", "gbrp", "bgr0") if kind == "rgb" else (f"yuv{kind}p", f"yuvj{kind}p")
             if bits > 8:
-                names = (f"yuv{kind}p{bits}le",) if kind != "rgb" else ("rgb48le",) if bits == 16 else (f"gbrp{bits}le",)
+                names = ((f"yuv{kind}p{bits}le",) if kind != "rgb" else
+                         ("rgb48le",) if bits == 16 else (f"gbrp{bits}le",))
             for name in names:
                 if name in have:
                     return name
-    raise UserError(f"codec {codec.name} takes none of the pixel formats for {width}x{height} with {depth} bits "
-                    f"(it takes {', '.join(sorted(have)) or 'none that it tells'})")
+    raise UserError(f"codec {codec.name} takes none of the pixel formats for {width}x{height} with {depth} "
+                    f"bits (it takes {', '.join(sorted(have)) or 'none that it tells'})")
 
 
 class _Pipe:
@@ -110,7 +114,8 @@ class VideoWriter:
         if codec.type != "video":
             raise UserError(f"{name} does not encode video")
         if name == "libx265" and min(self.width, self.height) < 64:
-            raise UserError(f"libx265 needs at least 64x64, this is {self.width}x{self.height}")    # it would crash
+            # it would crash
+            raise UserError(f"libx265 needs at least 64x64, this is {self.width}x{self.height}")
         clip = self.clip
         stream = self.container.add_stream(name, rate=clip.rate)
         context = stream.codec_context
@@ -155,7 +160,8 @@ class VideoWriter:
         copies = {}
         for stream in self.clip.copies:
             codec = stream.codec_context and stream.codec_context.codec.canonical_name
-            kind = f"{stream.type} stream {stream.index} ({codec or getattr(stream, 'name', None) or 'unknown'})"
+            kind = (f"{stream.type} stream {stream.index} "
+                    f"({codec or getattr(stream, 'name', None) or 'unknown'})")
             if stream.type == "attachment" and self.format != "matroska":
                 self.note(f"{kind} is left out: {self.format} holds no attachments; .mkv does")
                 continue
@@ -186,7 +192,9 @@ class VideoWriter:
         return kept
 
     def picture(self, picture: Picture) -> None:
-        """Encodes one picture, resized to the writer's size if it has another. rgb: (H, W, 3) uint8 or uint16."""
+        """Encodes one picture, resized to the writer's size if it has another. rgb: (H, W, 3) uint8 or
+        uint16.
+        """
         context = self.stream.codec_context
         frame = to_frame(upright(picture.rgb, self.turn), self.tags, self.matrix, context.pix_fmt,
                          (self.width, self.height), self.reformatter)
@@ -196,7 +204,8 @@ class VideoWriter:
         self.pictures += 1
 
     def packet(self, packet: av.Packet) -> None:
-        """Takes a packet of one of Clip.copies, to be written unchanged when the video has come to its time."""
+        """Takes a packet of one of Clip.copies, to be written unchanged when the video has come to its time.
+        """
         if packet.stream_index in self.copies:
             self.waiting.append(packet)
 
@@ -213,7 +222,8 @@ class VideoWriter:
         self.container.mux_one(packet)
 
     def finish(self, *, cut: bool) -> None:
-        """Ends the file and gives it its name. cut: the other streams end with the video, not with the input."""
+        """Ends the file and gives it its name. cut: the other streams end with the video, not with the input.
+        """
         end = self.end * self.clip.time_base
         self._mux(self.stream.codec_context.encode(None))
         for packet in self.waiting:

@@ -13,7 +13,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty gives NaN, so an element that nobody wrote cannot pass for a right one."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)

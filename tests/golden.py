@@ -1,7 +1,9 @@
-"""Runs golden streams of the official model through ours: python -m tests.golden FILE... [--device cuda] [--dtype bf16]
+"""Runs golden streams of the official model through ours: python -m tests.golden FILE... [--device cuda] \
+[--dtype bf16]
 
-A file holds what the official model put out for a procedural clip and drawn weights; both are made again here from the
-file's metadata. For each kind of key the worst relative error is printed; the exit status is 1 if one is over its bound.
+A file holds what the official model put out for a procedural clip and drawn weights; both are made again here
+from the file's metadata. For each kind of key the worst relative error is printed; the exit status is 1 if
+one is over its bound.
 """
 import argparse
 import json
@@ -24,14 +26,15 @@ from flashvsr_model.config import SCALE
 from flashvsr_model.fuse import expected_shapes
 
 # Bounds for float32: relative (norm of the difference over norm), frames_mean absolute, block_mask entries.
-BOUNDS = {"block_mask": 0, "lq_tokens": 1e-5, "velocity": 1e-5, "decoded": 1e-5, "frames": 1e-4, "frames_std": 1e-4,
-          "frames_mean": 1e-5}
+BOUNDS = {"block_mask": 0, "lq_tokens": 1e-5, "velocity": 1e-5, "decoded": 1e-5, "frames": 1e-4,
+          "frames_std": 1e-4, "frames_mean": 1e-5}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The tensor of a name: normal numbers from the name's checksum, scaled by what the name says it is."""
-    z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(shape).astype(np.float32)
+    z = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32).standard_normal(
+        shape).astype(np.float32)
     if name in ("context", "noise"):
         return torch.from_numpy(z)
     if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight", "gamma")):
@@ -47,7 +50,8 @@ def procedural_clip(frames: int, height: int, width: int, seed: int) -> Tensor:
     """(frames, height, width, 3) in [-1, 1], from 8-bit values."""
     rs = np.random.RandomState(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    phase, fx, fy, speed = rs.rand(3, 4) * 6.28, rs.rand(3, 4) * 0.15, rs.rand(3, 4) * 0.15, (rs.rand(3, 4) - 0.5) * 0.8
+    phase, fx, fy, speed = (rs.rand(3, 4) * 6.28, rs.rand(3, 4) * 0.15, rs.rand(3, 4) * 0.15,
+                            (rs.rand(3, 4) - 0.5) * 0.8)
     clip = np.empty((frames, height, width, 3), np.uint8)
     for t in range(frames):
         for k in range(3):
@@ -76,11 +80,14 @@ class Recorder:
 
 
 def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stream of a file's metadata through our model: every key that such a file can hold, stored parts only."""
+    """The stream of a file's metadata through our model: every key that such a file can hold, stored parts
+    only.
+    """
     tensors = {name: drawn(name, shape, case["seed"]) for name, shape in expected_shapes(config).items()}
     upscaler = GoldenUpscaler.from_tensors(config, tensors, device=device, dtype=dtype)
     F, H, W = case["F"], case["H"], case["W"]
-    upscaler.whole_noise = drawn("noise", (1, config.latent_channels, (F - 1) // 4, H // 8, W // 8), case["seed"])
+    upscaler.whole_noise = drawn("noise", (1, config.latent_channels, (F - 1) // 4, H // 8, W // 8),
+                                 case["seed"])
     clip = procedural_clip(F, H, W, case["seed"])
     state = upscaler.new_state(H // SCALE, W // SCALE)
     seen = Recorder()
@@ -88,7 +95,8 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
     def record_mask(q_mean, k_mean, local, *, slices, topk) -> BlockMask:
         mask = lcsa_mask(q_mean, k_mean, local, slices=slices, topk=topk)
         ring = state.kv  # slots to slices in the order of time, as the file has them
-        order = [s % ring.slots for s in range(ring.written + ring.chunk - ring.filled, ring.written + ring.chunk)]
+        order = [s % ring.slots for s in range(ring.written + ring.chunk - ring.filled,
+                                               ring.written + ring.chunk)]
         dense = mask.to_dense()[0].unflatten(-1, (ring.filled, ring.blocks))[:, :, order].flatten(-2)
         seen.add("block_mask", dense)
         return mask
@@ -101,12 +109,14 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
         for source in chunks(clip):
             done = 0
             for (part,) in upscaler.step(state, source[None]):
-                frames.append(match_color(part, source[done:done + len(part)].to(part), config.color).clamp(-1, 1).cpu())
+                frames.append(match_color(part, source[done:done + len(part)].to(part),
+                                          config.color).clamp(-1, 1).cpu())
                 done += len(part)
     whole = torch.cat(frames).permute(3, 0, 1, 2)
     per_frame = whole.transpose(0, 1).flatten(1)
     return seen.values | {"decoded": torch.cat(decoded)[3:].permute(0, 3, 1, 2)[:, :, ::8, ::8],
-                          "frames": whole[:, :, ::8, ::8], "frames_mean": per_frame.mean(1), "frames_std": per_frame.std(1)}
+                          "frames": whole[:, :, ::8, ::8], "frames_mean": per_frame.mean(1),
+                          "frames_std": per_frame.std(1)}
 
 
 def chunks(clip: Tensor) -> Iterator[Tensor]:
@@ -117,11 +127,14 @@ def chunks(clip: Tensor) -> Iterator[Tensor]:
 
 
 def compare(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Worst error of each kind of key, as BOUNDS counts it. Raises ValueError if the file lacks or adds a key."""
+    """Worst error of each kind of key, as BOUNDS counts it. Raises ValueError if the file lacks or adds a
+    key.
+    """
     with safe_open(path, "pt") as file:
         meta = {name: json.loads(text) for name, text in file.metadata().items()}
         stored = {name: file.get_tensor(name) for name in file.keys()}
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in meta["config"].items()}
+    sizes = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in meta["config"].items()}
     case = meta["case"]
     config = FlashVSRConfig(**sizes, version=case["version"], sparse_ratio=case["sparse_ratio"],
                             local_range=case["local_range"])
@@ -140,7 +153,8 @@ def compare(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32)
         else:
             error = float((got - want).norm() / want.norm())
         # max would let NaN through: it must not pass
-        worst[kind] = worst.get(kind, 0) + error if kind == "block_mask" else np.maximum(worst.get(kind, 0), error).item()
+        worst[kind] = (worst.get(kind, 0) + error if kind == "block_mask"
+                       else np.maximum(worst.get(kind, 0), error).item())
     return worst
 
 

@@ -1,4 +1,6 @@
-"""A stand-in for the model, fast and exact: nearest enlargement with the model's delay; and small clips to feed it."""
+"""A stand-in for the model, fast and exact: nearest enlargement with the model's delay; and small clips to
+feed it.
+"""
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,8 @@ FIRST, CHUNK, LOOKAHEAD = 25, 8, 4
 
 
 class Nearest:
-    """push and flush as StreamingUpscaler's: 21 frames after the first 25, then 8 for every 8, the rest at the end.
+    """push and flush as StreamingUpscaler's: 21 frames after the first 25, then 8 for every 8, the rest at
+    the end.
 
     at: {number of frames taken: callable}, called when the push that takes that frame begins
     """
@@ -59,18 +62,20 @@ def moving(count: int, width: int = 48, height: int = 32, start: int = 0) -> lis
     frames = []
     for n in range(start, start + count):
         y, x = np.mgrid[:height, :width]
-        rgb = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, n * 5 % 256)], axis=2).astype(np.uint8)
+        rgb = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, n * 5 % 256)],
+                       axis=2).astype(np.uint8)
         rgb[:, (2 * n) % width:(2 * n) % width + 4] = (230, 40, 60)
         frames.append(rgb)
     return frames
 
 
-def write_video(path: Path, frames: list[np.ndarray], *, codec="libx264", pix_fmt="yuv420p", rate=25, pts=None,
-                time_base=None, options=None, audio=0.0, srt=(), tags=None, sar=None, matrix=None, chapters=(),
-                metadata=None, format=None) -> Path:
+def write_video(path: Path, frames: list[np.ndarray], *, codec="libx264", pix_fmt="yuv420p", rate=25,
+                pts=None, time_base=None, options=None, audio=0.0, srt=(), tags=None, sar=None, matrix=None,
+                chapters=(), metadata=None, format=None) -> Path:
     """A video of frames.
 
-    pts: times in time_base, None for one a frame    tags: (primaries, transfer, space, range) as FFmpeg's numbers
+    pts: times in time_base, None for one a frame
+    tags: (primaries, transfer, space, range) as FFmpeg's numbers
     audio: seconds of a sine as AAC    srt: (start ms, duration ms, text) as a SubRip stream, in Matroska
     """
     time_base = time_base or Fraction(1, rate)
@@ -81,8 +86,8 @@ def write_video(path: Path, frames: list[np.ndarray], *, codec="libx264", pix_fm
         video.codec_context.time_base = video.time_base = time_base
         video.codec_context.flags |= av.codec.context.Flags.frame_duration
         if tags:
-            (video.codec_context.color_primaries, video.codec_context.color_trc, video.codec_context.colorspace,
-             video.codec_context.color_range) = tags
+            (video.codec_context.color_primaries, video.codec_context.color_trc,
+             video.codec_context.colorspace, video.codec_context.color_range) = tags
         if sar:
             video.codec_context.sample_aspect_ratio = sar
         if matrix:
@@ -91,7 +96,8 @@ def write_video(path: Path, frames: list[np.ndarray], *, codec="libx264", pix_fm
         text = out.add_mux_stream("subrip", time_base=Fraction(1, 1000)) if srt else None
         out.metadata.update(metadata or {})
         if chapters:
-            out.set_chapters([{"id": i, "start": a, "end": b, "time_base": Fraction(1, 1000), "metadata": {"title": t}}
+            out.set_chapters([{"id": i, "start": a, "end": b, "time_base": Fraction(1, 1000),
+                               "metadata": {"title": t}}
                               for i, (a, b, t) in enumerate(chapters)])
         out.start_encoding()
         if sound:
@@ -105,7 +111,8 @@ def write_video(path: Path, frames: list[np.ndarray], *, codec="libx264", pix_fm
         for number, rgb in enumerate(frames):
             frame = VideoFrame.from_ndarray(rgb, format="rgb48le" if rgb.dtype == np.uint16 else "rgb24")
             space = {6: 5}.get(tags[2], tags[2]) if tags else 5
-            frame = frame.reformat(format=pix_fmt, dst_colorspace=space, dst_color_range=(tags[3] if tags else 0) or 1)
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=space,
+                                   dst_color_range=(tags[3] if tags else 0) or 1)
             if tags:
                 frame.color_primaries, frame.color_trc, frame.colorspace, frame.color_range = tags
             frame.pts, frame.time_base = (pts[number] if pts else number), time_base
@@ -127,12 +134,14 @@ def _write_sine(out, sound, seconds: float) -> None:
 
 
 def facts(path: Path) -> dict:
-    """What a file holds: decoded RGB frames, their times in seconds, packets of the other streams, and the tags."""
+    """What a file holds: decoded RGB frames, their times in seconds, packets of the other streams, and the
+    tags.
+    """
     with av.open(str(path)) as container:
         video = container.streams.video[0]
-        found = {"times": [], "frames": [], "packets": {}, "pix_fmt": video.pix_fmt, "rate": video.average_rate,
-                 "sar": video.sample_aspect_ratio, "size": (video.width, video.height),
-                 "chapters": container.chapters(),
+        found = {"times": [], "frames": [], "packets": {}, "pix_fmt": video.pix_fmt,
+                 "rate": video.average_rate, "sar": video.sample_aspect_ratio,
+                 "size": (video.width, video.height), "chapters": container.chapters(),
                  "metadata": dict(container.metadata), "duration": (container.duration or 0) / av.time_base,
                  "format": container.format.name, "codec": video.codec_context.name,
                  "streams": [(s.type, s.metadata.get("language")) for s in container.streams]}

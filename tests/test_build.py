@@ -21,10 +21,11 @@ runpy.run_path("setup.py", run_name="__main__")"""
 
 
 def run_setup(*words, cwd=ROOT, torch=True, **environment):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("FLASHVSR_") and k not in ("CXX", "MAX_JOBS")}
+    kept = {k: v for k, v in os.environ.items()
+            if not k.startswith("FLASHVSR_") and k not in ("CXX", "MAX_JOBS")}
     script = ["setup.py"] if torch else ["-c", NO_TORCH]
-    return subprocess.run([sys.executable, "-W", "ignore", *script, "-q", *words], cwd=cwd, capture_output=True,
-                          text=True, env=kept | environment)
+    return subprocess.run([sys.executable, "-W", "ignore", *script, "-q", *words], cwd=cwd,
+                          capture_output=True, text=True, env=kept | environment)
 
 
 @pytest.fixture
@@ -40,12 +41,15 @@ def tree(tmp_path):
 
 
 ERRORS = {
-    "cuda-without-nvcc": ({"FLASHVSR_BUILD_CUDA": "1", "FLASHVSR_NVCC": "/no/nvcc"}, True, "no nvcc (/no/nvcc)"),
-    "cpu-without-compiler": ({"FLASHVSR_BUILD_CPU": "1", "CXX": "/no/c++"}, True, "no C++ compiler (/no/c++)"),
+    "cuda-without-nvcc": ({"FLASHVSR_BUILD_CUDA": "1", "FLASHVSR_NVCC": "/no/nvcc"}, True,
+                          "no nvcc (/no/nvcc)"),
+    "cpu-without-compiler": ({"FLASHVSR_BUILD_CPU": "1", "CXX": "/no/c++"}, True,
+                             "no C++ compiler (/no/c++)"),
     "cpu-with-broken-compiler": ({"FLASHVSR_BUILD_CPU": "1", "CXX": "false"}, True, "--version fails"),
     "cpu-without-torch": ({"FLASHVSR_BUILD_CPU": "1"}, False, "--no-build-isolation"),
     "cuda-without-torch": ({"FLASHVSR_BUILD_CUDA": "1"}, False, "--no-build-isolation"),
-    "unknown-setting": ({"FLASHVSR_BUILD_CPU": "yes"}, True, "FLASHVSR_BUILD_CPU must be auto, 1 or 0, got 'yes'"),
+    "unknown-setting": ({"FLASHVSR_BUILD_CPU": "yes"}, True,
+                        "FLASHVSR_BUILD_CPU must be auto, 1 or 0, got 'yes'"),
 }
 
 
@@ -58,7 +62,8 @@ def test_impossible_request_is_one_line(environment, torch, words):
 
 PURE = {
     "no-torch": ({}, False, "not built: C++ kernels and CUDA kernels (torch is not importable here"),
-    "no-compiler": ({"CXX": "/no/c++"}, True, "not built: C++ kernels and CUDA kernels (no C++ compiler (/no/c++)"),
+    "no-compiler": ({"CXX": "/no/c++"}, True,
+                    "not built: C++ kernels and CUDA kernels (no C++ compiler (/no/c++)"),
     "switched-off": ({"FLASHVSR_BUILD_CPU": "0", "FLASHVSR_BUILD_CUDA": "0"}, True,
                      "not built: C++ kernels (FLASHVSR_BUILD_CPU=0); CUDA kernels (FLASHVSR_BUILD_CUDA=0)"),
 }
@@ -75,15 +80,18 @@ def test_pure_python_build_says_so(tree, environment, torch, words):
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_native_build_without_nvcc(tree):
-    words, environment = ("build", "--build-lib", "out"), {"FLASHVSR_BUILD_CPU": "1", "FLASHVSR_NVCC": "/no/nvcc"}
+    words, environment = ("build", "--build-lib", "out"), {"FLASHVSR_BUILD_CPU": "1",
+                                                           "FLASHVSR_NVCC": "/no/nvcc"}
     done = run_setup(*words, cwd=tree, **environment)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"flashvsr \S+: built C\+\+ kernels \(generic.*not built: CUDA kernels \(no nvcc", done.stderr)
+    assert re.search(r"flashvsr \S+: built C\+\+ kernels \(generic.*not built: CUDA kernels \(no nvcc",
+                     done.stderr)
     objects = {path: path.stat().st_mtime_ns for path in (tree / "build/objects").glob("*.o")}
     again = run_setup(*words, cwd=tree, **environment)
     assert again.returncode == 0, again.stderr
     assert objects == {path: path.stat().st_mtime_ns for path in (tree / "build/objects").glob("*.o")}
-    script = "from flashvsr_kernels import _native; print(_native.available(), _native.facts().get('cuda', []))"
+    script = ("from flashvsr_kernels import _native; "
+              "print(_native.available(), _native.facts().get('cuda', []))")
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tree / "out", capture_output=True, text=True)
     assert loaded.stdout.split() == ["None", "[]"], loaded.stderr
 

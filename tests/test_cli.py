@@ -46,13 +46,14 @@ def flashvsr(*words, load=None):
 
 def program(events, *words, **options):
     """The command line in a process of its own, in which events such as "int@30" happen at a frame."""
-    return subprocess.run([sys.executable, "-c", PROGRAM, events, *map(str, words)], cwd=ROOT, capture_output=True,
-                          timeout=60, **options)
+    return subprocess.run([sys.executable, "-c", PROGRAM, events, *map(str, words)], cwd=ROOT,
+                          capture_output=True, timeout=60, **options)
 
 
 def one_line(text):
     """The error line, which must be the only line that is not progress."""
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "frames/s" not in line]
+    lines = [line for line in text.replace("\r", "\n").splitlines()
+             if line.strip() and "frames/s" not in line]
     assert len(lines) == 1 and lines[0].startswith("flashvsr: error: "), text
     return lines[0]
 
@@ -65,7 +66,8 @@ def test_upscale_says_what_it_wrote(clip, tmp_path, capsys):
     assert flashvsr("upscale", clip, tmp_path / "out.mp4") == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"wrote {tmp_path / 'out.mp4'}: 60 frames of 192x128 in " in err and "frames/s" in err and "GiB" in err
+    assert (f"wrote {tmp_path / 'out.mp4'}: 60 frames of 192x128 in " in err and "frames/s" in err
+            and "GiB" in err)
     assert "48x32 to 192x128" in err and "60/60" in err                                   # the progress bar
     before, after = facts(clip), facts(tmp_path / "out.mp4")
     assert [d for _, d in after["packets"][1]] == [d for _, d in before["packets"][1]]
@@ -76,11 +78,12 @@ def test_options_reach_the_model(clip, tmp_path):
     model = Nearest()
     assert flashvsr("upscale", clip, tmp_path / "out.mp4", "--frames", 3, load=model) == 0
     assert model.options == {"weights": "compact", "device": None, "dtype": None, "version": None}
-    assert flashvsr("upscale", clip, tmp_path / "out.mp4", "--overwrite", "--frames", 3, "--weights", "w", "--seed", 7,
-                    "--sparse-ratio", 1.5, "--local-range", 9, "--color", "wavelet", "--device", "cpu", "--dtype",
-                    "bfloat16", "--model-version", "v1", load=model) == 0
-    assert model.options == {"weights": "w", "device": torch.device("cpu"), "dtype": torch.bfloat16, "version": "v1",
-                             "sparse_ratio": 1.5, "local_range": 9, "color": "wavelet", "seed": 7}
+    assert flashvsr("upscale", clip, tmp_path / "out.mp4", "--overwrite", "--frames", 3, "--weights", "w",
+                    "--seed", 7, "--sparse-ratio", 1.5, "--local-range", 9, "--color", "wavelet", "--device",
+                    "cpu", "--dtype", "bfloat16", "--model-version", "v1", load=model) == 0
+    assert model.options == {"weights": "w", "device": torch.device("cpu"), "dtype": torch.bfloat16,
+                             "version": "v1", "sparse_ratio": 1.5, "local_range": 9, "color": "wavelet",
+                             "seed": 7}
 
 
 @pytest.mark.parametrize("text, value", [("90", 90), ("1.5", 1.5), ("1:30", 90), ("01:01:01.5", 3661.5)])
@@ -92,7 +95,8 @@ def test_times_are_read(text, value):
                                                  (None, "webm", "vp9"), (None, "mov", "h264")])
 def test_codecs(tmp_path, codec, suffix, name):
     source = write_video(tmp_path / "in.mkv", moving(3))
-    assert flashvsr("upscale", source, tmp_path / f"out.{suffix}", *(["--codec", codec] if codec else [])) == 0
+    assert flashvsr("upscale", source, tmp_path / f"out.{suffix}",
+                    *(["--codec", codec] if codec else [])) == 0
     with av.open(str(tmp_path / f"out.{suffix}")) as container:
         assert container.streams.video[0].codec_context.codec.canonical_name == name
         assert sum(1 for _ in container.decode(video=0)) == 3
@@ -116,15 +120,16 @@ def test_through_pipes(clip, tmp_path):
     assert b"wrote standard output: 30 frames" in done.stderr
     assert flashvsr("upscale", clip, tmp_path / "direct.mkv", *words) == 0
     piped, direct = facts(tmp_path / "piped.mkv"), facts(tmp_path / "direct.mkv")
-    assert piped["packets"] == direct["packets"] and piped["times"] == direct["times"] and len(piped["times"]) == 30
+    assert (piped["packets"] == direct["packets"] and piped["times"] == direct["times"]
+            and len(piped["times"]) == 30)
     assert all((a == b).all() for a, b in zip(piped["frames"], direct["frames"]))
 
 
 def test_a_reader_that_goes_away_is_one_line(clip):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, "", "upscale", str(clip), "-"], cwd=ROOT, stdout=write,
-                          stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "", "upscale", str(clip), "-"], cwd=ROOT,
+                          stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert done.returncode == 1
     assert "error" in one_line(done.stderr)
@@ -142,7 +147,8 @@ def test_ctrl_c_leaves_a_playable_file(clip, tmp_path):
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(clip, tmp_path):
     done = program("int@10", "upscale", clip, tmp_path / "out.mp4")
-    assert done.returncode == 130 and b"nothing was written" in done.stderr and b"Traceback" not in done.stderr
+    assert (done.returncode == 130 and b"nothing was written" in done.stderr
+            and b"Traceback" not in done.stderr)
     assert left(tmp_path) == ["in.mkv"]
 
 
@@ -166,8 +172,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, target):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_no_space_on_standard_output_is_one_line(clip):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", PROGRAM, "", "upscale", str(clip), "-"], cwd=ROOT, stdout=full,
-                              stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", PROGRAM, "", "upscale", str(clip), "-"], cwd=ROOT,
+                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1
     assert "No space left on device" in one_line(done.stderr)
 
@@ -184,15 +190,16 @@ def no_video(path):
 BAD = {
     "missing": (lambda p: p / "nothing.mp4", 2, "nothing.mp4: no such file or folder"),
     "text": (lambda p: (p / "a.txt").write_text("words\n" * 100) and p / "a.txt", 1, "not a readable video"),
-    "text as mp4": (lambda p: (p / "a.mp4").write_text("words\n" * 100) and p / "a.mp4", 1, "not a readable video"),
+    "text as mp4": (lambda p: (p / "a.mp4").write_text("words\n" * 100) and p / "a.mp4", 1,
+                    "not a readable video"),
     "zero bytes": (lambda p: (p / "a.mp4").touch() or p / "a.mp4", 1, "the file is empty"),
     "zeros": (lambda p: (p / "a.mp4").write_bytes(bytes(5000)) and p / "a.mp4", 1, "not a readable video"),
-    "no index": (lambda p: (p / "b.mp4").write_bytes(write_video(p / "a.mp4", moving(30)).read_bytes()[:-600]) and
-                 p / "b.mp4", 1, "not a readable video"),
+    "no index": (lambda p: (p / "b.mp4").write_bytes(
+        write_video(p / "a.mp4", moving(30)).read_bytes()[:-600]) and p / "b.mp4", 1, "not a readable video"),
     "no video": (lambda p: no_video(p / "a.mp4"), 1, "no video stream"),
     "empty folder": (lambda p: (p / "pictures").mkdir() or p / "pictures", 1, "no picture in it"),
-    "broken picture": (lambda p: (p / "f").mkdir() or (p / "f" / "1.png").write_bytes(b"\x89PNG....") and p / "f", 1,
-                       "1.png: not a readable picture"),
+    "broken picture": (lambda p: (p / "f").mkdir() or (p / "f" / "1.png").write_bytes(b"\x89PNG....")
+                       and p / "f", 1, "1.png: not a readable picture"),
     "too small": (lambda p: write_video(p / "a.mkv", moving(2, 14, 16), codec="ffv1"), 1,
                   "is 14x16; the smallest size is 16x16"),
 }
@@ -216,7 +223,8 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     (["{IN}", "{IN}", "--overwrite"], 2, "IN and OUT are the same"),
     (["{IN}", "{OLD}"], 2, "exists; --overwrite replaces it"),
     (["{IN}", "{TMP}/out.xyz"], 2, "its suffix must be one of"),
-    (["{IN}", "{TMP}/out.mp4", "--compare", "{TMP}/none/a.png"], 2, "must be a picture in a folder that exists"),
+    (["{IN}", "{TMP}/out.mp4", "--compare", "{TMP}/none/a.png"], 2,
+     "must be a picture in a folder that exists"),
     (["{IN}", "{TMP}/out.mp4", "--truth", "{IN}"], 2, "need --compare"),
     (["{IN}", "{TMP}/out.mp4", "--start", "1:x"], 2, "'1:x' is not a time"),
     (["{IN}", "{TMP}/out.mp4", "--start", "9"], 1, "no frame could be decoded at or after 9 s"),
@@ -283,8 +291,8 @@ def test_compare(tmp_path, truth):
     elif truth:
         Image.fromarray(large[12]).save(tmp_path / "truth.png")
         words = ["--truth", tmp_path / "truth.png"]
-    assert flashvsr("upscale", source, tmp_path / "out.mp4", "--compare", tmp_path / "c.png", "--compare-frame", 12,
-                    *words) == 0
+    assert flashvsr("upscale", source, tmp_path / "out.mp4", "--compare", tmp_path / "c.png",
+                    "--compare-frame", 12, *words) == 0
     sheet = np.asarray(Image.open(tmp_path / "c.png"))[-128:].astype(int)
     assert sheet.shape == (128, 192 * (3 if truth else 2), 3)
     bicubic, ours = sheet[:, :192], sheet[:, 192:384]
@@ -307,7 +315,8 @@ def test_compare_takes_the_middle_frame_and_the_last_of_a_short_clip(tmp_path):
 
 
 def test_demo_writes_video_and_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_FRAME", 4)           # the truth that ships is of frame 60; here only sizes matter
+    # the truth that ships is of frame 60; here only sizes matter
+    monkeypatch.setattr(cli, "DEMO_FRAME", 4)
     assert flashvsr("demo", "--out", tmp_path / "demo", "--frames", 6) == 0
     out, err = capsys.readouterr()
     assert str(tmp_path / "demo" / "demo_4x.mp4") in out and "frames/s" in err
@@ -348,8 +357,9 @@ def test_weights_verify_says_what_is_missing(tmp_path, capsys):
     assert "BAD TCDecoder.ckpt" in out and "BAD LQ_proj_in.ckpt" in out and "missing" in out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["upscale", "--help"], ["doctor", "--help"], ["demo", "--help"],
-                                   ["weights", "verify", "--help"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("words", [["--help"], ["upscale", "--help"], ["doctor", "--help"],
+                                   ["demo", "--help"], ["weights", "verify", "--help"]],
+                         ids=lambda words: words[0])
 def test_help(words, capsys):
     assert flashvsr(*words) == 0
     assert "usage: flashvsr" in capsys.readouterr().out

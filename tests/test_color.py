@@ -12,7 +12,8 @@ def test_adain_gives_the_moments_of_the_source():
     torch.testing.assert_close(out.mean((1, 2)), SOURCE.mean((1, 2)), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.std((1, 2)), SOURCE.std((1, 2)), rtol=1e-3, atol=0)
     y, s = FRAMES[1, ..., 2].double(), SOURCE[1, ..., 2].double()
-    expected = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt() * (s.var(correction=0) + 1e-5).sqrt() + s.mean()
+    expected = ((y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt() * (s.var(correction=0) + 1e-5).sqrt()
+                + s.mean())
     torch.testing.assert_close(out[1, ..., 2].double(), expected, rtol=0, atol=1e-5)
 
 
@@ -48,7 +49,8 @@ def test_none_leaves_frames_alone():
 def test_bf16_is_computed_in_float32():
     out = match_color(FRAMES.bfloat16(), SOURCE.bfloat16(), "wavelet")
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, match_color(FRAMES.bfloat16().float(), SOURCE.bfloat16().float(), "wavelet"))
+    torch.testing.assert_close(out, match_color(FRAMES.bfloat16().float(), SOURCE.bfloat16().float(),
+                                                "wavelet"))
 
 
 def test_unknown_way_is_named():

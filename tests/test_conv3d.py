@@ -16,7 +16,8 @@ def test_definition(B, T, H, W):
         for dt in range(4):
             for dy in range(3):
                 for dx in range(3):
-                    picture = whole[:, 2 * t + dt][:, (rows + dy - 1).clamp(0, H - 1)][:, :, (cols + dx - 1).clamp(0, W - 1)]
+                    picture = whole[:, 2 * t + dt][:, (rows + dy - 1).clamp(0, H - 1)][
+                        :, :, (cols + dx - 1).clamp(0, W - 1)]
                     out[:, t] += picture @ weight[:, :, dt, dy, dx].T
     torch.testing.assert_close(causal_conv3d(x, weight, bias, tail), out)
 

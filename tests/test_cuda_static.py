@@ -1,6 +1,8 @@
-"""What ptxas makes of the CUDA kernels, for every architecture: no spills, no local memory, registers within bounds.
+"""What ptxas makes of the CUDA kernels, for every architecture: no spills, no local memory, registers within
+bounds.
 
-Needs nvcc but no GPU. Shared memory is held to the smallest architecture's limit by a static_assert in the source.
+Needs nvcc but no GPU. Shared memory is held to the smallest architecture's limit by a static_assert in the
+source.
 """
 import os
 import re
@@ -21,10 +23,12 @@ REGISTERS = {"sparse_attn": 255}  # of a thread; two warps a scheduler at 128 th
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_resources(source, arch, tmp_path):
-    command = [NVCC, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", source, "-o", tmp_path / "out.cubin"]
+    command = [NVCC, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v",
+               source, "-o", tmp_path / "out.cubin"]
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+                         r".*?Used (\d+) registers",
                          told.stderr, re.S)
     assert len(kernels) == 4  # bf16 and fp16, D 64 and 128
     for stack, stores, loads, registers in kernels:

@@ -17,7 +17,8 @@ def test_layer_norm_modulate():
     torch.testing.assert_close(layer_norm_modulate(X, A, B), (X - mean) / (var + 1e-6).sqrt() * (1 + A) + B)
 
 
-@pytest.mark.parametrize("norm", [lambda x: rms_norm(x, A.to(x)), lambda x: layer_norm_modulate(x, A.to(x), B.to(x))],
+@pytest.mark.parametrize("norm", [lambda x: rms_norm(x, A.to(x)),
+                                  lambda x: layer_norm_modulate(x, A.to(x), B.to(x))],
                          ids=["rms", "layer"])
 def test_epsilon_is_1e_6(norm):
     """With a signal of the epsilon's size the norm halves it: neither 1e-5 nor 1e-8 would."""
@@ -31,7 +32,8 @@ def test_epsilon_is_1e_6(norm):
 def test_low_precision_is_rounded_once(dtype):
     x, a, b = X.to(dtype), A.to(dtype), B.to(dtype)
     exact = layer_norm_modulate(x.double(), a.double(), b.double())
-    assert ((layer_norm_modulate(x, a, b).double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+    assert ((layer_norm_modulate(x, a, b).double() - exact).abs()
+            <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
 def test_gated_add():

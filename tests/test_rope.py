@@ -12,7 +12,8 @@ L = 4 * 16 * 8
 
 def tables(D):
     side = D // 6
-    return tuple(rope_table(torch.arange(n), pairs) for n, pairs in zip(GRID, (D // 2 - 2 * side, side, side)))
+    return tuple(rope_table(torch.arange(n), pairs)
+                 for n, pairs in zip(GRID, (D // 2 - 2 * side, side, side)))
 
 
 def test_window_order_is_by_block_then_inside():
@@ -46,7 +47,8 @@ def test_rotation_from_the_definition(D):
     turned = torch.stack([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], -1)
     expected = window_order(turned.reshape(1, L, 2 * D), GRID).view(1, L, 2, D)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(mean, expected.view(1, -1, 128, 2, D).mean(2).transpose(1, 2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean, expected.view(1, -1, 128, 2, D).mean(2).transpose(1, 2),
+                               rtol=1e-6, atol=1e-6)
 
 
 def test_table_is_exact_far_out():
@@ -64,15 +66,19 @@ def test_bf16_keeps_the_rule():
     out, _ = qk_norm_rope(x.bfloat16(), weight.bfloat16(), tables(128), 128)
     assert out.dtype == torch.bfloat16
     normed = rms_norm(x.bfloat16(), weight.bfloat16()).double()
-    plain = (normed - rms_norm(x.bfloat16().double(), weight.bfloat16().double())).abs().max() + 2**-8 * exact.abs().max()
+    plain = ((normed - rms_norm(x.bfloat16().double(), weight.bfloat16().double())).abs().max()
+             + 2**-8 * exact.abs().max())
     assert (out.double() - exact).abs().max() <= 2 * plain
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: window_order(torch.zeros(1, 96, 8), (3, 4, 8)), r"grid must be a multiple of \(2, 8, 8\), got \(3, 4, 8\)"),
+    (lambda: window_order(torch.zeros(1, 96, 8), (3, 4, 8)),
+     r"grid must be a multiple of \(2, 8, 8\), got \(3, 4, 8\)"),
     (lambda: window_order(torch.zeros(1, 96, 8), (2, 8, 8)), r"x must be \(B, 128, C\) for grid \(2, 8, 8\)"),
-    (lambda: qk_norm_rope(torch.zeros(1, L, 100), torch.zeros(100), tables(64), 64), r"x must be \(B, L, H \* 64\)"),
-    (lambda: qk_norm_rope(torch.zeros(1, L, 128), torch.zeros(128), tables(128), 64), "tables must have 32 pairs in all"),
+    (lambda: qk_norm_rope(torch.zeros(1, L, 100), torch.zeros(100), tables(64), 64),
+     r"x must be \(B, L, H \* 64\)"),
+    (lambda: qk_norm_rope(torch.zeros(1, L, 128), torch.zeros(128), tables(128), 64),
+     "tables must have 32 pairs in all"),
 ], ids=["grid", "tokens", "width", "pairs"])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):

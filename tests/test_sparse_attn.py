@@ -1,4 +1,6 @@
-"""sparse_attn as a PyTorch operator: backends, gradients, registration, errors. Kernels have tests of their own."""
+"""sparse_attn as a PyTorch operator: backends, gradients, registration, errors. Kernels have tests of their
+own.
+"""
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ def dense_attention(q, k, v, mask):
     out = torch.zeros_like(q)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])):
-        keys = torch.cat([torch.arange(128 * j, min(128 * j + 128, k.shape[1])) for j in mask[b, h, i].nonzero().flatten()]
+        keys = torch.cat([torch.arange(128 * j, min(128 * j + 128, k.shape[1]))
+                          for j in mask[b, h, i].nonzero().flatten()]
                          or [torch.arange(0)])
         rows = slice(128 * i, min(128 * i + 128, q.shape[1]))
         if len(keys):
@@ -101,7 +104,8 @@ MASK = torch.ones(1, 2, 2, 2, dtype=torch.bool)
     ((Q, Q.transpose(1, 3).contiguous().transpose(1, 3), Q, MASK), "contiguous in their last dimension"),
     ((Q, Q, Q, MASK.int()), r"mask must be bool \(1, 2, 2, 2\) for q .* got torch.int32"),
     ((Q, Q, Q, MASK[:, :1]), r"mask must be bool \(1, 2, 2, 2\) .* got torch.bool \(1, 1, 2, 2\)"),
-    ((Q, Q, Q, BlockMask.from_dense(MASK[..., :1])), r"mask must be for \(1, 2, 2, 2\) blocks, got one for \(1, 2, 2, 1\)"),
+    ((Q, Q, Q, BlockMask.from_dense(MASK[..., :1])),
+     r"mask must be for \(1, 2, 2, 2\) blocks, got one for \(1, 2, 2, 1\)"),
 ], ids=["rank", "D", "heads", "dtype", "stride", "mask dtype", "mask shape", "BlockMask"])
 def test_bad_arguments_are_named(args, message):
     with pytest.raises(ValueError, match=message):
@@ -109,7 +113,8 @@ def test_bad_arguments_are_named(args, message):
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="backend of sparse_attn must be one of .*reference or None, got 'flash'"):
+    with pytest.raises(ValueError, match="backend of sparse_attn must be one of .*"
+                                         "reference or None, got 'flash'"):
         sparse_attn(Q, Q, Q, MASK, backend="flash")
 
 

@@ -78,7 +78,8 @@ def test_float64_is_float64():
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("layout", ["one tensor of q, k, v", "heads before rows", "padded rows", "broadcast batch"])
+@pytest.mark.parametrize("layout", ["one tensor of q, k, v", "heads before rows", "padded rows",
+                                    "broadcast batch"])
 def test_strides(layout, dtype):
     q, k, v, mask = make(300, 300, 64, dtype)
     if layout == "one tensor of q, k, v":

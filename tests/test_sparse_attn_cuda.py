@@ -126,7 +126,8 @@ def test_current_stream_and_graph():
 BAD = {
     "float32": (lambda q, k, v: (q.float(), k.float(), v.float()), 1.0, "bfloat16 or float16"),
     "scale": (lambda q, k, v: (q, k, v), -1.0, "scale must be positive"),
-    "alignment": (lambda q, k, v: (torch.nn.functional.pad(q, (1, 0))[..., 1:], k, v), 1.0, "q('s rows)? must be"),
+    "alignment": (lambda q, k, v: (torch.nn.functional.pad(q, (1, 0))[..., 1:], k, v), 1.0,
+                  "q('s rows)? must be"),
     "device": (lambda q, k, v: (q, k.cpu(), v), 1.0, "must be on q's device"),
 }
 

@@ -9,8 +9,8 @@ from flashvsr_model.config import PRESETS
 from flashvsr_model.training import skeleton
 from flashvsr_model.training.train import Trainee, fuse, initial
 
-SMALL = dataclasses.replace(PRESETS["compact"], num_layers=1, lq_hidden=(8, 8), decoder_channels=(16, 8, 8, 8), ffn_dim=64,
-                            margin=0)
+SMALL = dataclasses.replace(PRESETS["compact"], num_layers=1, lq_hidden=(8, 8),
+                            decoder_channels=(16, 8, 8, 8), ffn_dim=64, margin=0)
 
 
 @pytest.fixture
@@ -25,13 +25,15 @@ def test_clip_equals_stream(weights):
     upscaler = StreamingUpscaler.from_tensors(SMALL, weights)
     for clip, expected in zip(source, whole):
         state = upscaler.new_state(32, 32)
-        parts = [part for a, b in ((0, 25), (21, 33), (29, 41)) for part in upscaler.step(state, clip[None, a:b])]
+        parts = [part for a, b in ((0, 25), (21, 33), (29, 41))
+                 for part in upscaler.step(state, clip[None, a:b])]
         torch.testing.assert_close(torch.cat(parts, 1)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_weight_learns(weights):
     trainee = Trainee(SMALL, torch.device("cpu"), torch.float32)
-    out = torch.func.functional_call(trainee, fuse(SMALL, weights, torch.float32), (torch.rand(1, 33, 128, 128, 3),))
+    out = torch.func.functional_call(trainee, fuse(SMALL, weights, torch.float32),
+                                     (torch.rand(1, 33, 128, 128, 3),))
     out.square().mean().backward()
     silent = [name for name, w in weights.items() if w.grad is None or not w.grad.abs().sum() > 0]
     assert silent == ["dit.patch_embedding.weight"]  # compact starts from zeros, not from noise
@@ -49,12 +51,14 @@ def test_training_starts_from_an_enlargement():
                 kernel[0, 0, 1, 1] = 1
     skeleton.lay_in(weights, config, fitted)
     frames = torch.nn.functional.interpolate(torch.rand(3, 25, 10, 12), scale_factor=8, mode="bilinear")
-    frames = torch.nn.functional.pad(frames, (0, 32, 0, 48), mode="replicate").permute(1, 2, 3, 0)[None] * 1.6 - 0.8
+    frames = torch.nn.functional.pad(frames, (0, 32, 0, 48), mode="replicate").permute(
+        1, 2, 3, 0)[None] * 1.6 - 0.8
     upscaler = StreamingUpscaler.from_tensors(config, weights)
     state = upscaler.new_state(32, 32)
     out = torch.cat(list(upscaler.step(state, frames)), 1)[0]
     flat = 3 * torch.tanh(frames[0, :21].permute(0, 3, 1, 2).flatten(0, 1)[:, None] / 3)
     expected = fitted(flat)[0].detach().view(21, 3, 128, 128).permute(0, 2, 3, 1)
     inside = slice(8, -8)
-    # The filter's forward pass adds its noise of 0.03 on the way; without gates or offsets in place errors are near 1.
+    # The filter's forward pass adds its noise of 0.03 on the way; without gates or offsets in place errors
+    # are near 1.
     assert (out - expected)[:, inside, inside].square().mean().sqrt() < 0.08

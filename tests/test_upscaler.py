@@ -11,14 +11,15 @@ from flashvsr_model.config import PRESETS
 from flashvsr_model.fuse import expected_shapes
 from tests.golden import drawn
 
-SMALL = dataclasses.replace(PRESETS["v1.1"], dim=128, num_heads=2, num_layers=2, ffn_dim=96, text_dim=8, freq_dim=16,
-                            context_len=3, lq_hidden=(8, 12), decoder_channels=(16, 12, 8, 8), sparse_ratio=0.2,
-                            local_range=3)
+SMALL = dataclasses.replace(PRESETS["v1.1"], dim=128, num_heads=2, num_layers=2, ffn_dim=96,
+                            text_dim=8, freq_dim=16, context_len=3, lq_hidden=(8, 12),
+                            decoder_channels=(16, 12, 8, 8), sparse_ratio=0.2, local_range=3)
 
 
 def make(**changes) -> StreamingUpscaler:
     config = dataclasses.replace(SMALL, **changes)
-    return StreamingUpscaler.from_tensors(config, {n: drawn(n, s, 3) for n, s in expected_shapes(config).items()})
+    return StreamingUpscaler.from_tensors(config,
+                                          {n: drawn(n, s, 3) for n, s in expected_shapes(config).items()})
 
 
 def clip(frames: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -116,7 +117,9 @@ def test_rebased_positions_give_the_same_stream():
 
 
 def test_chunk_600():
-    """Past the official table's end (chunk 510), in constant memory, and still the function it was at chunk 100."""
+    """Past the official table's end (chunk 510), in constant memory, and still the function it was at chunk
+    100.
+    """
     upscaler = make(num_layers=1, color="none")
     state = upscaler.new_state(16, 16, out_dtype=torch.float32)
     before, loop = state.memory(), clip(8, 16, 16)
@@ -126,7 +129,8 @@ def test_chunk_600():
         out = upscaler.push(state, loop)
         if chunk in (100, 505, 506, 507, 600):
             seen[chunk] = out
-    assert state.chunk == 601 and state.memory() == before == sum(StreamState.plan(upscaler.config, 16, 16).values())
+    assert (state.chunk == 601
+            and state.memory() == before == sum(StreamState.plan(upscaler.config, 16, 16).values()))
     assert all(out.isfinite().all() for out in seen.values())
     assert 0.5 < seen[600].std() / seen[100].std() < 2
 
@@ -142,7 +146,8 @@ def test_a_periodic_stream_stays_periodic_past_the_rebase():
 
 
 def test_a_margin_moves_the_zero_padding_away_from_the_picture():
-    """A constant picture stays constant up to its border only with a margin as wide as what the decoder sees."""
+    """A constant picture stays constant up to its border only with a margin as wide as what the decoder sees.
+    """
     grey = torch.full((25, 32, 32, 3), 200, dtype=torch.uint8)
     spread = []
     for margin in (0, 128):
@@ -157,7 +162,8 @@ def test_memory_is_told_before_it_is_taken(upscaler):
     assert plan.keys() == {"frames", "keys", "values", "means", "lq", "decoder"}
     assert upscaler.new_state(180, 320).memory() == sum(plan.values())
     official = StreamState.plan(PRESETS["v1.1"], 192, 352, dtype=torch.bfloat16)
-    assert official["keys"] + official["values"] == 30 * 2 * 4 * 66 * 128 * 1536 * 2  # spec.: 6.229 GB with 4 slices live
+    # spec.: 6.229 GB with 4 slices live
+    assert official["keys"] + official["values"] == 30 * 2 * 4 * 66 * 128 * 1536 * 2
     assert official["decoder"] == 168 * 768 * 1408 * 2
     assert official["lq"] == 2 * (768 + 2048) * 48 * 88 * 2
 
@@ -203,6 +209,15 @@ def test_bad_frames_are_named(upscaler, bad, message):
     assert len(upscaler.flush(state)) == 2  # what was there before is not lost
 
 
+def test_nothing_is_lost_when_a_push_fails(upscaler):
+    frames = list(clip(40))
+    state = upscaler.new_state(32, 32)
+    with pytest.raises(ValueError, match="for this state"):
+        upscaler.push(state, [*frames[:35], clip(1, 16, 16)[0], *frames[35:]])
+    rest = torch.cat([upscaler.push(state, frames[35:]), upscaler.flush(state)])
+    assert torch.equal(rest, upscaler.upscale(torch.stack(frames)))
+
+
 def test_mixed_depths_are_named(upscaler):
     state = upscaler.new_state(32, 32)
     upscaler.push(state, clip(2))
@@ -232,5 +247,6 @@ def test_push_after_flush_is_an_error(upscaler):
 def test_gpu_equals_cpu():
     config, frames = dataclasses.replace(SMALL, color="none"), clip(41)
     tensors = {n: drawn(n, s, 3) for n, s in expected_shapes(config).items()}
-    outs = [StreamingUpscaler.from_tensors(config, tensors, device=d).upscale(frames).cpu() for d in ("cpu", "cuda")]
+    outs = [StreamingUpscaler.from_tensors(config, tensors, device=d).upscale(frames).cpu()
+            for d in ("cpu", "cuda")]
     assert (outs[0].float() - outs[1].float()).abs().mean() < 0.01

@@ -1,4 +1,6 @@
-"""Video in and out with a stand-in for the model: times, colours, other streams, turning, depth, threads, memory."""
+"""Video in and out with a stand-in for the model: times, colours, other streams, turning, depth, threads,
+memory.
+"""
 import subprocess
 import sys
 from fractions import Fraction
@@ -28,8 +30,8 @@ def run(source, target, *, scale=4, codec=None, crf=None, notes=None, upscaler=N
     notes = [] if notes is None else notes
     clip = open_clip(str(source), note=notes.append, **options)
     size = clip.width * scale, clip.height * scale
-    writer = VideoWriter(clip, str(target), *size, codec=codec, crf=crf, note=notes.append) if target.suffix else \
-        FolderWriter(clip, str(target), *size)
+    writer = (VideoWriter(clip, str(target), *size, codec=codec, crf=crf, note=notes.append) if target.suffix
+              else FolderWriter(clip, str(target), *size))
     upscale(upscaler or Nearest(), clip, writer)
     return clip
 
@@ -48,7 +50,9 @@ def yuv(rgb, space, full, depth):
 
 
 def write_patches(path, colours, space, full, depth, tagged):
-    """A lossless clip of one flat frame a colour, its YUV from the reference above, not from FFmpeg's conversion."""
+    """A lossless clip of one flat frame a colour, its YUV from the reference above, not from FFmpeg's
+    conversion.
+    """
     with av.open(str(path), "w") as out:
         stream = out.add_stream("ffv1", rate=25)
         stream.width, stream.height = 32, 32
@@ -76,7 +80,8 @@ def codes(path):
         found = []
         for frame in container.decode(video=0):
             kind = np.uint8 if frame.format.components[0].bits == 8 else np.uint16
-            found.append([int(np.frombuffer(plane, kind).reshape(plane.height, -1)[plane.height // 2, plane.width // 2])
+            found.append([int(np.frombuffer(plane, kind).reshape(plane.height, -1)
+                              [plane.height // 2, plane.width // 2])
                           for plane in frame.planes])
         return found
 
@@ -88,7 +93,8 @@ COLOURS = [(0, 0, 0), (1, 1, 1), (0.5, 0.5, 0.5), (0.8, 0.2, 0.2), (0.2, 0.8, 0.
 @pytest.mark.parametrize("depth", [8, 10], ids=["8bit", "10bit"])
 @pytest.mark.parametrize("space, full, tagged", [
     (1, False, True), (1, True, True), (6, False, True), (6, True, True), (9, False, True), (9, True, True),
-    (6, False, False)], ids=["bt709", "bt709-full", "bt601", "bt601-full", "bt2020", "bt2020-full", "untagged"])
+    (6, False, False)], ids=["bt709", "bt709-full", "bt601", "bt601-full", "bt2020", "bt2020-full",
+                             "untagged"])
 def test_colour_is_right_inside_and_neutral_through(tmp_path, space, full, depth, tagged):
     source = write_patches(tmp_path / "in.mkv", COLOURS, space, full, depth, tagged)
     clip = open_clip(str(source))
@@ -103,15 +109,17 @@ def test_colour_is_right_inside_and_neutral_through(tmp_path, space, full, depth
 
 def test_tags_are_kept_and_an_untagged_clip_keeps_the_matrix_players_take(tmp_path):
     tags = (9, 16, 9, 1)                                # BT.2020, PQ
-    source = write_video(tmp_path / "hdr.mkv", [f.astype(np.uint16) * 257 for f in moving(3, 64, 64)], codec="libx265",
-                         pix_fmt="yuv420p10le", tags=tags, options={"x265-params": "log-level=error"})
+    source = write_video(tmp_path / "hdr.mkv", [f.astype(np.uint16) * 257 for f in moving(3, 64, 64)],
+                         codec="libx265", pix_fmt="yuv420p10le", tags=tags,
+                         options={"x265-params": "log-level=error"})
     run(source, tmp_path / "hdr_out.mkv", codec="libx265")
     found = facts(tmp_path / "hdr_out.mkv")
     assert (found["tags"], found["pix_fmt"]) == (tags, "yuv420p10le")
     small = write_video(tmp_path / "small.mp4", moving(3))
     run(small, tmp_path / "small_out.mp4")
     assert facts(tmp_path / "small_out.mp4")["tags"] == (2, 2, 2, 0)
-    grows = write_video(tmp_path / "grows.mp4", moving(2, 336, 48))     # 336 -> 1344: players would change to BT.709
+    # 336 -> 1344: players would change to BT.709
+    grows = write_video(tmp_path / "grows.mp4", moving(2, 336, 48))
     run(grows, tmp_path / "grows_out.mp4")
     assert facts(tmp_path / "grows_out.mp4")["tags"][2] == 6
 
@@ -137,12 +145,13 @@ def test_as_many_frames_come_out_in_order(tmp_path, count):
 @pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)], ids=["25", "29.97"])
 def test_sound_subtitles_chapters_and_names_are_kept(tmp_path, rate):
     srt = [(0, 500, "one"), (700, 900, "two")]
-    source = write_video(tmp_path / "in.mkv", moving(50), rate=rate, time_base=Fraction(1, 1000), audio=2.1, srt=srt,
-                         pts=[round(1000 * n / rate) for n in range(50)], sar=Fraction(4, 3),
+    source = write_video(tmp_path / "in.mkv", moving(50), rate=rate, time_base=Fraction(1, 1000), audio=2.1,
+                         srt=srt, pts=[round(1000 * n / rate) for n in range(50)], sar=Fraction(4, 3),
                          chapters=[(0, 800, "first"), (800, 2000, "second")], metadata={"title": "A name"})
     run(source, tmp_path / "out.mkv")
     before, after = facts(source), facts(tmp_path / "out.mkv")
-    assert after["packets"] == before["packets"] and len(after["packets"][1]) > 90 and len(after["packets"][2]) == 2
+    assert (after["packets"] == before["packets"] and len(after["packets"][1]) > 90
+            and len(after["packets"][2]) == 2)
     assert after["times"] == before["times"] and abs(after["duration"] - before["duration"]) < 0.001
     assert after["rate"] == before["rate"] and after["sar"] == Fraction(4, 3)
     assert [(c["start"], c["end"], c["metadata"]) for c in after["chapters"]] == \
@@ -165,15 +174,17 @@ def test_start_and_frames_cut_sound_and_subtitles_too(tmp_path, suffix):
                          chapters=[(0, 1500, "a"), (1500, 4000, "b")])
     clip = run(source, tmp_path / f"out{suffix}", start=1.2, frames=40)
     before, after = facts(source), facts(tmp_path / f"out{suffix}")
-    assert clip.cut and len(after["frames"]) == 40 and np.allclose(after["times"], np.arange(40) / 25, atol=1e-3)
+    assert (clip.cut and len(after["frames"]) == 40
+            and np.allclose(after["times"], np.arange(40) / 25, atol=1e-3))
     assert np.abs(after["frames"][0][::4, ::4].astype(int) - before["frames"][30]).mean() < 6
     sound = [data for _, data in before["packets"][1]]
     kept = after["packets"][1]
     first = sound.index(kept[0][1])
     assert [data for _, data in kept] == sound[first:first + len(kept)]
-    assert abs(before["packets"][1][first][0] - kept[0][0] - 1.2) < 2e-3        # not moved against the picture
+    assert abs(before["packets"][1][first][0] - kept[0][0] - 1.2) < 2e-3  # not moved against the picture
     assert 0 <= kept[0][0] < 0.03 and 1.6 - 0.05 < kept[-1][0] + 1024 / 48000 < 1.6 + 0.03
-    assert [c["metadata"]["title"] for c in after["chapters"]] == ["a", "b"] and abs(after["duration"] - 1.6) < 0.05
+    assert ([c["metadata"]["title"] for c in after["chapters"]] == ["a", "b"]
+            and abs(after["duration"] - 1.6) < 0.05)
     assert after["chapters"][0]["end"] * after["chapters"][0]["time_base"] == pytest.approx(0.3)
     if suffix == ".mkv":
         assert [(round(t, 3), d) for t, d in after["packets"][2]] == [(0, b"across"), (1.0, b"inside")]
@@ -224,7 +235,8 @@ def test_upright_knows_the_eight_ways_and_refuses_others():
 
 def test_deep_colour_goes_through_the_model_as_floats_and_stays_deep(tmp_path):
     ramp = np.linspace(0, 60000, 64 * 32 * 3).astype(np.uint16).reshape(32, 64, 3)
-    source = write_video(tmp_path / "in.mkv", [ramp] * 3, codec="ffv1", pix_fmt="yuv444p10le", tags=(1, 1, 1, 1))
+    source = write_video(tmp_path / "in.mkv", [ramp] * 3, codec="ffv1", pix_fmt="yuv444p10le",
+                         tags=(1, 1, 1, 1))
     model = Nearest()
     run(source, tmp_path / "out.mkv", codec="ffv1", upscaler=model)
     run(source, tmp_path / "png")
@@ -233,12 +245,14 @@ def test_deep_colour_goes_through_the_model_as_floats_and_stays_deep(tmp_path):
         before, after = (next(c.decode(video=0)) for c in (a, b))
         assert after.format.name == "yuv444p10le"
         for p, q in zip(before.planes, after.planes):
-            p, q = (np.frombuffer(v, np.uint16).reshape(v.height, -1)[:, :v.width].astype(int) for v in (p, q))
+            p, q = (np.frombuffer(v, np.uint16).reshape(v.height, -1)[:, :v.width].astype(int)
+                    for v in (p, q))
             assert np.abs(p.repeat(4, 0).repeat(4, 1) - q).max() <= 1
     with av.open(str(tmp_path / "png" / "000001.png")) as picture:
         frame = next(picture.decode(video=0))
         assert frame.format.name == "rgb48be"
-        assert np.abs(frame.to_ndarray(format="rgb48le")[::4, ::4].astype(int) - ramp).max() < 400      # 10-bit YUV
+        # 10-bit YUV
+        assert np.abs(frame.to_ndarray(format="rgb48le")[::4, ::4].astype(int) - ramp).max() < 400
 
 
 @pytest.mark.parametrize("size", [(49, 33), (48, 33), (49, 32)], ids="{0[0]}x{0[1]}".format)
@@ -254,7 +268,8 @@ def test_odd_sizes_are_never_cropped(tmp_path, size, scale):
 def test_scale_is_the_large_result_made_smaller(tmp_path):
     source = write_video(tmp_path / "in.mkv", moving(3), codec="ffv1", pix_fmt="yuv444p")
     run(source, tmp_path / "out.mkv", codec="ffv1", scale=2)
-    before, after = facts(source)["frames"][1].astype(int), facts(tmp_path / "out.mkv")["frames"][1].astype(int)
+    before, after = (facts(source)["frames"][1].astype(int),
+                     facts(tmp_path / "out.mkv")["frames"][1].astype(int))
     assert after.shape == (64, 96, 3)
     assert np.abs(after[::2, ::2] - before).mean() < 6
 
@@ -274,7 +289,7 @@ def test_folder_to_folder_and_video(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number, rgb in enumerate(moving(12)):
-        av.VideoFrame.from_ndarray(rgb).to_image().save(folder / f"shot {number}.png")      # natural: 9 before 10
+        av.VideoFrame.from_ndarray(rgb).to_image().save(folder / f"shot {number}.png")  # natural: 9 before 10
     (folder / "notes.txt").write_text("not a picture")
     run(folder, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(f"shot {n}.png" for n in range(12))
@@ -283,7 +298,8 @@ def test_folder_to_folder_and_video(tmp_path):
     assert (after[::4, ::4] == moving(12)[11]).all()
     run(folder, tmp_path / "out.mp4", rate=Fraction(10), crf=1)
     found = facts(tmp_path / "out.mp4")
-    assert np.allclose(found["times"], np.arange(12) / 10) and found["rate"] == 10 and found["pix_fmt"] == "yuv420p"
+    assert (np.allclose(found["times"], np.arange(12) / 10) and found["rate"] == 10
+            and found["pix_fmt"] == "yuv420p")
     assert found["tags"] == (1, 1, 1, 1)
     assert np.abs(found["frames"][10][2::4, 2::4].astype(int) - moving(12)[10]).mean() < 8
 
@@ -315,7 +331,8 @@ def test_a_truncated_video_gives_what_it_holds_and_says_so(tmp_path, suffix, kee
     source.write_bytes(whole[:int(len(whole) * keep)])
     clip = run(source, tmp_path / f"out{suffix}")
     frames = len(facts(tmp_path / f"out{suffix}")["frames"])
-    assert clip.problems and all("truncated" in p or "breaks off" in p or "damaged" in p for p in clip.problems)
+    assert clip.problems and all("truncated" in p or "breaks off" in p or "damaged" in p
+                                 for p in clip.problems)
     assert 0.5 * keep * 100 < frames < 100
 
 
@@ -366,11 +383,13 @@ print(*(peaks[n] for n in sorted(peaks)))
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_length(tmp_path):
-    source = write_video(tmp_path / "in.mp4", moving(100, 32, 32) * 30, audio=120.0, options={"preset": "ultrafast"})
-    done = subprocess.run([sys.executable, "-c", MEMORY, source, tmp_path / "out.mkv"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)
+    source = write_video(tmp_path / "in.mp4", moving(100, 32, 32) * 30, audio=120.0,
+                         options={"preset": "ultrafast"})
+    done = subprocess.run([sys.executable, "-c", MEMORY, source, tmp_path / "out.mkv"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     held = [int(v) / 2**20 for v in done.stdout.split()]
-    assert len(held) == 4 and max(held[1:]) - held[0] < 12, held   # MiB; 2,500 results at this size are 117 MiB
+    # MiB; 2,500 results at this size are 117 MiB
+    assert len(held) == 4 and max(held[1:]) - held[0] < 12, held
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert sum(1 for packet in container.demux(video=0) if packet.size) == 3000

@@ -1,7 +1,9 @@
-"""Trains the compact weights: python -m flashvsr_model.training.train PACK OUT [--minutes 10] [--start WEIGHTS]
+"""Trains the compact weights: python -m flashvsr_model.training.train PACK OUT [--minutes 10] \
+[--start WEIGHTS]
 
-Directly for one step: degraded low-resolution clips in, high-resolution clips out, through the same code that upscales
-streams, chunk after chunk, with gradients. The learning rate follows the clock, so a run ends when it was told to.
+Directly for one step: degraded low-resolution clips in, high-resolution clips out, through the same code that
+upscales streams, chunk after chunk, with gradients. The learning rate follows the clock, so a run ends when
+it was told to.
 """
 import argparse
 import json
@@ -37,7 +39,9 @@ FULL_RATE_INPUTS = 64   # weights with more inputs learn at a rate that falls wi
 @dataclass(frozen=True)
 class Recipe:
     """minutes: of the run    batch: clips a step    size: side of a clip, output pixels
-    frames: input frames of a clip, 25 for the first chunk and 8 for each after it    rate: the highest learning rate"""
+    frames: input frames of a clip, 25 for the first chunk and 8 for each after it
+    rate: the highest learning rate
+    """
     minutes: float = 10.0
     batch: int = 6
     size: int = 256
@@ -50,7 +54,9 @@ class Recipe:
 
 
 class GrowingKV:
-    """state.KVRing for training: keeps tensors instead of writing over them, so gradients can flow from chunk to chunk."""
+    """state.KVRing for training: keeps tensors instead of writing over them, so gradients can flow from chunk
+    to chunk.
+    """
 
     def __init__(self, config: FlashVSRConfig):
         self.slots, self.written = config.ring_slices, 0
@@ -77,13 +83,16 @@ class GrowingKV:
 class ClipState:
     """What StreamingUpscaler.step reads and writes, for a batch of training clips."""
 
-    def __init__(self, config: FlashVSRConfig, batch: int, size: int, dtype: torch.dtype, device: torch.device):
-        self.geometry, self.kv, self.chunk, self.time = Geometry.of(size // SCALE, size // SCALE), GrowingKV(config), 0, 0
+    def __init__(self, config: FlashVSRConfig, batch: int, size: int, dtype: torch.dtype,
+                 device: torch.device):
+        self.geometry, self.kv, self.chunk, self.time = (Geometry.of(size // SCALE, size // SCALE),
+                                                         GrowingKV(config), 0, 0)
         side = size // 16
         self.lq_tail = [torch.zeros(batch, 2, side, side, width, dtype=dtype, device=device)
                         for width in (768, config.lq_hidden[0])]
-        self.decoder = [torch.zeros(batch, 1, 2 * side << i // 3, 2 * side << i // 3, config.decoder_channels[i // 3],
-                                    dtype=dtype, device=device) for i in range(9)]
+        self.decoder = [torch.zeros(batch, 1, 2 * side << i // 3, 2 * side << i // 3,
+                                    config.decoder_channels[i // 3], dtype=dtype, device=device)
+                        for i in range(9)]
 
 
 class Trainee(nn.Module):
@@ -97,7 +106,8 @@ class Trainee(nn.Module):
 
     def forward(self, source: Tensor) -> Tensor:
         """(B, T, H, W, 3) enlarged input to (B, T - 4, H, W, 3), both about [-1, 1]."""
-        state = ClipState(self.upscaler.config, len(source), source.shape[2], self.upscaler.dtype, source.device)
+        state = ClipState(self.upscaler.config, len(source), source.shape[2], self.upscaler.dtype,
+                          source.device)
         out = list(self.upscaler.step(state, source[:, :FIRST_FRAMES]))
         for end in range(FIRST_FRAMES + SLICE_FRAMES, source.shape[1] + 1, SLICE_FRAMES):
             out += self.upscaler.step(state, source[:, end - SLICE_FRAMES - LOOKAHEAD:end])
@@ -145,15 +155,20 @@ def fuse(config: FlashVSRConfig, weights: dict[str, Tensor], dtype: torch.dtype)
 
 
 class GradientStep:
-    """Loss and gradients of one batch. On a GPU the first call records a CUDA graph: launching its thousands of small
-    kernels one by one takes three times as long as running them (88 ms recorded, 320 ms not, on an H100)."""
+    """Loss and gradients of one batch. On a GPU the first call records a CUDA graph: launching its thousands
+    of small kernels one by one takes three times as long as running them (88 ms recorded, 320 ms not, on an
+    H100).
+    """
 
     def __init__(self, trainee: Trainee, weights: dict[str, Tensor]):
         self.trainee, self.weights = trainee, weights
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """source: (n, T, H, W, 3) enlarged input    target: (n, T, 3, H, W). Returns the parts of the loss."""
+        """source: (n, T, H, W, 3) enlarged input    target: (n, T, 3, H, W).
+
+        Returns the parts of the loss.
+        """
         if not source.is_cuda:
             return self._run(source, target)
         if self.graph is None:
@@ -178,7 +193,8 @@ class GradientStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms and allocate here, which a recording must not
+            # libraries choose their algorithms and allocate here, which a recording must not
+            for _ in range(3):
                 self._run(self.source, self.target)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -186,19 +202,23 @@ class GradientStep:
             self.seen = self._run(self.source, self.target)
 
 
-def train(config: FlashVSRConfig, source: ClipSource, recipe: Recipe, weights: dict[str, Tensor], device: torch.device,
-          dtype: torch.dtype, log: Callable[[dict, dict[str, Tensor]], None]) -> dict[str, Tensor]:
-    """The running average of the weights after recipe.minutes. log: called with figures and that average every 100 steps."""
+def train(config: FlashVSRConfig, source: ClipSource, recipe: Recipe, weights: dict[str, Tensor],
+          device: torch.device, dtype: torch.dtype,
+          log: Callable[[dict, dict[str, Tensor]], None]) -> dict[str, Tensor]:
+    """The running average of the weights after recipe.minutes. log: called with figures and that average
+    every 100 steps.
+    """
     noise = torch.Generator(device).manual_seed(recipe.seed)
     master = {name: w.to(device, torch.float32).requires_grad_() for name, w in weights.items()}
     average = {name: w.detach().clone() for name, w in master.items()}
     gradients = GradientStep(Trainee(config, device, dtype), master)
-    # Adam moves every weight alike, and behind a ReLU all inputs push one way: a step must shrink with their number.
+    # Adam moves every weight alike, and behind a ReLU all inputs push one way: a step must shrink with their
+    # number.
     groups: dict[float, list[Tensor]] = {}
     for w in master.values():
         groups.setdefault(min(1.0, FULL_RATE_INPUTS / math.prod(w.shape[1:])), []).append(w)
-    optimizer = torch.optim.AdamW([{"params": ws, "share": share} for share, ws in groups.items()], lr=recipe.rate,
-                                  betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([{"params": ws, "share": share} for share, ws in groups.items()],
+                                  lr=recipe.rate, betas=(0.9, 0.98), weight_decay=1e-4)
     start, step, parts = time.monotonic(), 0, {}
     while (done := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
         rate = recipe.rate * min(1, done / recipe.warmup + 0.001) * (0.5 + 0.5 * math.cos(math.pi * done))
@@ -224,7 +244,8 @@ def train(config: FlashVSRConfig, source: ClipSource, recipe: Recipe, weights: d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flashvsr_model.training.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m flashvsr_model.training.train",
+                                     description=__doc__.split("\n")[0])
     parser.add_argument("pack", type=Path, help="folder made by flashvsr_model.training.pack")
     parser.add_argument("out", type=Path, help="safetensors file to write, in float16")
     parser.add_argument("--start", type=Path, help="weights to go on from; random ones if not given")
