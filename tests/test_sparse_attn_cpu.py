@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flashvsr_kernels import BlockMask, _native, reference
+from tests.error_rule import check_attention
 
 pytestmark = pytest.mark.skipif(_native.available() is not None, reason=str(_native.available()))
 NAN = float("nan")
@@ -43,17 +44,6 @@ def make(Lq, Lk, D, dtype, B=2, H=3, density=0.6, seed=0):
     return q, k, v, torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density
 
 
-def check(out, lse, q, k, v, mask, scale=None):
-    """The error rule: maximum and RMS error each at most twice plain PyTorch's at the same dtype, + 1e-5."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact, exact_lse = reference.sparse_attn(q.double(), k.double(), v.double(), mask, scale)
-    native = (reference.sparse_attn(q, k, v, mask, scale)[0].double() - exact).abs()
-    ours = (out.double() - exact).abs()
-    assert ours.max() <= 2 * native.max() + 1e-5
-    assert ours.square().mean().sqrt() <= 2 * native.square().mean().sqrt() + 1e-5
-    torch.testing.assert_close(lse, exact_lse.float(), atol=2e-6, rtol=2e-6)
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype, isa", KINDS)
 def test_float64_reference(dtype, isa, shape):
@@ -61,14 +51,14 @@ def test_float64_reference(dtype, isa, shape):
     q, k, v, mask = make(*shape, dtype)
     out, lse = call(q, k, v, mask, isa=isa)
     assert out.shape == q.shape and out.dtype == dtype and out.is_contiguous() and lse.dtype == torch.float32
-    check(out, lse, q, k, v, mask)
+    check_attention(out, lse, q, k, v, mask)
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.1, 0.0, 8.0])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_scale(dtype, scale):
     q, k, v, mask = make(130, 260, 64, dtype)
-    check(*call(q, k, v, mask, scale), q, k, v, mask, scale)
+    check_attention(*call(q, k, v, mask, scale), q, k, v, mask, scale)
 
 
 def test_float64_is_float64():
@@ -132,7 +122,7 @@ def test_empty_rows(dtype):
     rows = empty.repeat_interleave(128, 2)[..., :300]
     assert (lse[rows] == -math.inf).all() and lse[~rows].isfinite().all()
     assert (out.transpose(1, 2)[rows] == 0).all() and (out.transpose(1, 2)[~rows] != 0).any(-1).all()
-    check(out, lse, q, k, v, mask)
+    check_attention(out, lse, q, k, v, mask)
 
 
 def test_nothing_kept_and_nothing_there():

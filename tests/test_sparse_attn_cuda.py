@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from flashvsr_kernels import BlockMask, _native, reference
+from flashvsr_kernels import BlockMask, _native
+from tests.error_rule import check_attention
 
 REFUSAL = _native.cuda_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
@@ -27,15 +28,8 @@ def make(Lq, Lk, D, dtype, B=2, H=3, density=0.6, seed=0):
     return q, k, v, (torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density).cuda()
 
 
-def check(out, lse, q, k, v, mask, scale=None):
-    """The error rule: maximum and RMS error each at most twice plain PyTorch's at the same dtype, + 1e-5."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact, exact_lse = reference.sparse_attn(q.double(), k.double(), v.double(), mask, scale)
-    native = (reference.sparse_attn(q, k, v, mask, scale)[0].double() - exact).abs()
-    ours = (out.double() - exact).abs()
-    assert ours.max() <= 2 * native.max() + 1e-5
-    assert ours.square().mean().sqrt() <= 2 * native.square().mean().sqrt() + 1e-5
-    torch.testing.assert_close(lse, exact_lse.float(), atol=1e-5, rtol=1e-5)
+def check(*call, **options):
+    check_attention(*call, **options, lse_tolerance=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
