@@ -25,7 +25,7 @@ from .machine import describe
 from .niqe import Statistics, natural_statistics, niqe
 from .sheet import crops, pick_crops, write_sheet
 
-METHODS = ("bicubic", "lanczos", "animevideov3", "ours")
+METHODS = ("bicubic", "lanczos", "sharpened", "animevideov3", "ours")
 NIQE_EVERY, SEAM_PERIODS = 8, (8, 16, 128)  # output pixels: latent, token and attention block
 COLUMNS = (("PSNR-Y", "psnr_y", 2), ("SSIM-Y", "ssim_y", 4), ("VMAF", "vmaf", 1), ("NEG", "vmaf_neg", 1),
            ("NIQE", "niqe", 2), ("temporal", "temporal_difference", 3), ("fps", "fps", 2))
@@ -35,6 +35,8 @@ def load_method(name: str, args: argparse.Namespace) -> Callable[[Tensor], Tenso
     """The function that makes (T, 4H, 4W, 3) uint8 of (T, H, W, 3) uint8 by the method of this name."""
     if name in resize.FILTERS:
         return lambda frames: resize.grow(frames, name)
+    if name == "sharpened":  # what a filter can do: Lanczos and an unsharp mask
+        return lambda frames: resize.sharpen(resize.grow(frames, "lanczos"))
     if name == "animevideov3":
         return AnimeVideo(args.data / "weights").upscale
     from flashvsr_model import keep_freed_memory, load_upscaler  # here: the baselines run without the model

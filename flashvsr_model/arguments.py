@@ -116,7 +116,7 @@ def _add_upscale(up: argparse.ArgumentParser) -> None:
     model.add_argument("--color", choices=("adain", "wavelet", "none"),
                        help="how colours are matched to the input (default: the weights' own)")
     model.add_argument("--seed", type=number(int, 0), metavar="N",
-                       help="of the noise the model starts from (default 0)")
+                       help="of the noise the model starts from (default 0); compact starts from none")
     _add_device(model)
     out = up.add_argument_group("output")
     out.add_argument("--codec", metavar="NAME",

@@ -95,3 +95,11 @@ def test_quality_says_what_is_wrong_with_its_arguments(tmp_path, capsys, argumen
     with pytest.raises(SystemExit) as stopped:
         quality.main(["--data", str(tmp_path), *arguments])
     assert stopped.value.code == 2 and match in capsys.readouterr().err
+
+
+def test_sharpening_adds_what_a_blur_removes():
+    frames = torch.full((1, 24, 24, 3), 100, dtype=torch.uint8)
+    assert torch.equal(resize.sharpen(frames), frames)
+    frames[:, :, 12:] = 150
+    out = resize.sharpen(frames)[0, 12, :, 0].int()
+    assert out[11] < 100 and out[12] > 150 and (out[:5] == 100).all() and (out[-5:] == 150).all()
