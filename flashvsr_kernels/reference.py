@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # tokens of an attention block
+BLOCK = 128       # tokens of an attention block
+SCORES = 2 ** 23  # attention scores that exist at a time, 32 MB in float32
 
 
 def local_window(rows: int, cols: int, window: int, edge: str, device: torch.device) -> Tensor:
@@ -38,21 +39,29 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: 
 
 
 def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """mask: bool (B, H, Mq, Mk). One head at a time, so that the mask over tokens exists for one head only.
-    """
-    Lq, Lk = q.shape[1], k.shape[1]
-    outs, lses = [], []
-    for h in range(q.shape[2]):
-        m = mask[:, h].repeat_interleave(BLOCK, 1)[:, :Lq].repeat_interleave(BLOCK, 2)[:, :, :Lk]
-        empty = ~m.any(-1, keepdim=True)
-        s = (q[:, :, h] @ k[:, :, h].transpose(-1, -2)).to(_accumulate(q)) * scale
-        s = s.masked_fill(~m, -torch.inf)
-        # An empty row has no softmax: it is given finite scores here and zeroed below, so gradients stay
-        # finite too.
-        p = s.masked_fill(empty, 0).softmax(-1).to(q.dtype)
-        outs.append((p @ v[:, :, h]).masked_fill(empty, 0))
-        lses.append(s.detach().logsumexp(-1))
-    return torch.stack(outs, 2), torch.stack(lses, 1).float()
+    """mask: bool (B, H, Mq, Mk). One head and some query blocks at a time: all dense scores need gigabytes."""
+    B, Lq, H, _ = q.shape
+    Lk = k.shape[1]
+    rows = BLOCK * max(1, SCORES // (BLOCK * B * max(Lk, 1)))
+    # Results are allocated first: small ones between the scores would break up what is freed for the next.
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=torch.float32)
+    for h in range(H):
+        for at in range(0, Lq, rows):
+            m = mask[:, h, at // BLOCK:(at + rows) // BLOCK]
+            out[:, at:at + rows, h], lse[:, h, at:at + rows] = _attend(q[:, at:at + rows, h], k[:, :, h],
+                                                                       v[:, :, h], m, scale)
+    return out, lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One head: q (B, Lq, D), k and v (B, Lk, D), mask (B, Mq, Mk)."""
+    m = mask.repeat_interleave(BLOCK, 1)[:, :q.shape[1]].repeat_interleave(BLOCK, 2)[:, :, :k.shape[1]]
+    empty = ~m.any(-1, keepdim=True)
+    s = (q @ k.transpose(-1, -2)).to(_accumulate(q)) * scale
+    s = s.masked_fill(~m, -torch.inf)
+    # An empty row has no softmax: it is given finite scores here and zeroed below; gradients stay finite too.
+    p = s.masked_fill(empty, 0).softmax(-1).to(q.dtype)
+    return (p @ v).masked_fill(empty, 0), s.detach().logsumexp(-1)
 
 
 def window_order(x: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -46,6 +46,15 @@ def test_definition(backend, D):
     assert torch.equal(out, sparse_attn(q, k, v, BlockMask.from_dense(mask), backend=backend))
 
 
+def test_reference_in_parts(monkeypatch):
+    """What does not fit at a time is computed in parts."""
+    q, k, v, mask = inputs(Lq=400)
+    whole = sparse_attn(q, k, v, mask, return_lse=True, backend="reference")
+    monkeypatch.setattr("flashvsr_kernels.reference.SCORES", 128 * 390)
+    for a, b in zip(whole, sparse_attn(q, k, v, mask, return_lse=True, backend="reference")):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("backend", backend_names())
 def test_gradients(backend):
     q, k, v, mask = inputs(130, 260, 1)
