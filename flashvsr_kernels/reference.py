@@ -39,7 +39,7 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: 
 
 
 def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """mask: bool (B, H, Mq, Mk). One head and some query blocks at a time: all dense scores need gigabytes."""
+    """mask: bool (B, H, Mq, Mk). One head and some query blocks at a time: all scores need gigabytes."""
     B, Lq, H, _ = q.shape
     Lk = k.shape[1]
     rows = BLOCK * max(1, SCORES // (BLOCK * B * max(Lk, 1)))
