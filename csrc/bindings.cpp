@@ -159,7 +159,7 @@ void check_rows(const char* name, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> sparse_attn_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& index, const Tensor& count, double scale) {
-  // Every check comes before the device guard: an error thrown past one crashed on torch 2.11.
+  // Every check comes before the device guard: torch 2.11 crashed where an error was thrown past one.
   STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device");
   const int device = q.get_device_index();
   for (const Tensor* x : {&k, &v, &index, &count})
