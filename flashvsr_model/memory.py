@@ -10,7 +10,7 @@ def keep_freed_memory() -> bool:
     kernel.
 
     A frame's activations are blocks of 50 to 250 MB. Mapped anew each time, every page of them faults, which
-    is most of the time of a small model on a CPU: two cores take the shipped clip from 1.3 to 2.5 frames/s.
+    is half the time of a small model on a CPU: two cores take the shipped clip from 1.3 to 2.5 frames/s.
     For the whole process, so only a program should call it.
     Returns whether it did: False where the C library is not glibc.
     """
