@@ -1,13 +1,18 @@
-"""What every test stands on: fresh memory is NaN, and tests that need a GPU say so."""
+"""What every test stands on: fresh memory is NaN, and tests that need a GPU or Triton's interpreter say so."""
+import os
+
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    # Triton decides when a kernel's module is imported whether it is compiled or interpreted, for the whole process.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if item.get_closest_marker("gpu") and (interpreted or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("interpret") and not interpreted:
+            item.add_marker(pytest.mark.skip(reason="runs in the interpreter: TRITON_INTERPRET=1 pytest -m interpret"))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvsr_kernels import BlockMask, lcsa_mask, local_window
+from flashvsr_kernels import BlockMask, block_mask, lcsa_mask, local_window
 
 
 @settings(max_examples=60, deadline=None)
@@ -17,12 +17,47 @@ def test_lists_and_back(B, H, Mq, Mk, density, seed):
     mask = BlockMask.from_dense(dense)
     assert torch.equal(mask.to_dense(), dense)
     assert torch.equal(mask.transposed().to_dense(), dense.transpose(-1, -2))
+    for lists in (mask, mask.transposed(), BlockMask.from_dense(dense.transpose(1, 2))):
+        assert lists.index.is_contiguous() and lists.count.is_contiguous()
     assert mask.density() == pytest.approx(dense.float().mean().item())
-    counts = mask.count.flatten(1).gather(1, mask.order.long())
-    assert ((counts.diff(dim=1) <= 0).all()
-            and torch.equal(mask.order.sort(-1).values[0], torch.arange(H * Mq).int()))
     for row, count in zip(mask.index.view(-1, Mk), mask.count.flatten()):
         assert (row[:count].diff() > 0).all()
+
+
+@pytest.mark.parametrize("B, H, Mq, heads", [(1, 12, 66, [2, 2, 2, 2, 4]), (3, 3, 50, [3, 6]),
+                                             (1, 3, 150, [1, 2]), (1, 7, 66, [2, 2, 3]), (1, 1, 5, [1]),
+                                             (2, 2, 1, [4])], ids=str)
+def test_order_takes_head_groups_in_turn(B, H, Mq, heads):
+    """Inside a group the longest lists come first, equal ones by their number."""
+    mask = BlockMask.from_dense(torch.rand(B, H, Mq, 20) < torch.rand(B, H, Mq, 1))
+    group = torch.arange(len(heads)).repeat_interleave(torch.tensor(heads) * Mq).tolist()
+    count = mask.count.flatten().tolist()
+    wanted = sorted(range(B * H * Mq), key=lambda tile: (group[tile], -count[tile], tile))
+    assert mask.order.dtype == torch.int32 and mask.order.tolist() == wanted
+
+
+def test_a_larger_gpu_takes_more_heads_at_a_time(monkeypatch):
+    monkeypatch.setattr(block_mask, "PROCESSORS", 148)
+    assert block_mask.head_groups(12, 66, torch.device("cpu")) == (3, 3)
+
+
+def test_operators_are_registered_right():
+    ops, check = torch.ops.flashvsr, torch.library.opcheck
+    q, k = torch.randn(2, 2, 12, 64, requires_grad=True), torch.randn(2, 2, 18, 64)
+    check(ops.lcsa_mask.default, (q, k, local_window(3, 2, 3), 2, 30, None))
+    dense = torch.rand(2, 2, 12, 18) < 0.5
+    check(ops.block_lists.default, (dense, None))
+    check(ops.transposed_lists.default, (*ops.block_lists(dense, None)[:2], 18, None))
+
+
+def test_compiles_to_one_graph():
+    def masks(q, k, local):
+        mask = lcsa_mask(q, k, local, slices=2, topk=30)
+        return mask.to_dense(), mask.order, mask.transposed().to_dense(), mask.transposed().order
+    call = torch.randn(1, 2, 12, 64), torch.randn(1, 2, 18, 64), local_window(3, 2, 3)
+    compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
+    for ours, wanted in zip(compiled(*call), masks(*call)):
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize("edge", ["truncate", "shift"])
@@ -98,7 +133,21 @@ def test_underflowed_probability_is_never_kept():
                        slices=2, topk=3), "slices 2"),
     (lambda: lcsa_mask(torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), local_window(2, 2, 3),
                        slices=1, topk=0), "topk must be at least 1, got 0"),
-], ids=["dtype", "size", "edge", "heads", "slices", "topk"])
+    (lambda: lcsa_mask(torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64).half(), local_window(2, 2, 3),
+                       slices=1, topk=1), "one dtype .* got torch.float32 and torch.float16 on cpu, cpu"),
+    (lambda: lcsa_mask(torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), local_window(2, 2, 3), slices=1,
+                       topk=1, backend="cuda"), "backend of lcsa_mask must be one of triton, reference or"),
+], ids=["dtype", "size", "edge", "heads", "slices", "topk", "dtypes", "backend"])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_backend_that_cannot_says_why():
+    mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    for call in (lambda: BlockMask.from_dense(mask.to_dense(), backend="triton"),
+                 lambda: mask.transposed(backend="triton"),
+                 lambda: lcsa_mask(torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), local_window(2, 2, 3),
+                                   slices=1, topk=1, backend="triton")):
+        with pytest.raises(NotImplementedError, match="triton: .*\n.*reference: can run it"):
+            call()

@@ -1,0 +1,26 @@
+"""Whether Triton kernels can run here."""
+import importlib.util
+
+import torch
+
+OLDEST = (3, 6)
+
+
+def available() -> str | None:
+    """None if Triton kernels can run on this machine's current GPU, else the reason in one line."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'triton>=3.6')"
+    if not torch.cuda.is_available():
+        return "no CUDA device, or this torch is built without CUDA"
+    if capability() < 80:
+        return f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
+    import triton  # last: it takes a second
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"needs Triton 3.6, here is {triton.__version__}"
+    return None
+
+
+def capability() -> int:
+    """Compute capability of the current GPU as one number, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
