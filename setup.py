@@ -164,14 +164,17 @@ class Plan:
         return extensions
 
     def libraries(self, name):
+        # The C++ runtime that torch uses. Errors are thrown into torch, and a private copy of the runtime, as
+        # a compiler told -static-libstdc++ -static-libgcc links it, crashes in std::ostream and in throw.
+        runtime = ["-Wl,-lstdc++,-lgcc_s"]
         if name == "flashvsr_kernels._build":
-            return []
+            return runtime
         cudart = []
         if self.cuda:
             dryrun = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
             folders = shlex.split(re.search(r"LIBRARIES=(.*)", dryrun.stdout + dryrun.stderr)[1])
             cudart = [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        return [f"-L{self.torch / 'lib'}", "-ltorch_cpu", *cudart]
+        return [f"-L{self.torch / 'lib'}", "-ltorch_cpu", *runtime, *cudart]
 
 
 def gencode(arch):

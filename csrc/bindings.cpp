@@ -83,6 +83,7 @@ SparseAttnCall check_sparse_attn(const Tensor& q, const Tensor& k, const Tensor&
            static_cast<float*>(lse.mutable_data_ptr()),
            static_cast<const int32_t*>(index.const_data_ptr()),
            static_cast<const int32_t*>(count.const_data_ptr()),
+           nullptr,
            strides_of(q),
            strides_of(k),
            strides_of(v),
@@ -153,33 +154,36 @@ void check_rows(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name,
                   " must begin at a multiple of 16 bytes");
   for (int n : {0, 1, 2})
-    STD_TORCH_CHECK(x.stride(n) % 8 == 0, name, "'s rows must be 16-byte aligned, stride ", n, " is ",
-                    x.stride(n));
+    STD_TORCH_CHECK(x.size(n) < 2 || x.stride(n) % 8 == 0, name,
+                    "'s rows must be 16-byte aligned, stride ", n, " is ", x.stride(n));
 }
 
 std::tuple<Tensor, Tensor> sparse_attn_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& index, const Tensor& count, double scale) {
-  // Every check comes before the device guard: torch 2.11 crashed where an error was thrown past one.
+                                            const Tensor& index, const Tensor& count, const Tensor& order,
+                                            double scale) {
   STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device");
   const int device = q.get_device_index();
-  for (const Tensor* x : {&k, &v, &index, &count})
+  for (const Tensor* x : {&k, &v, &index, &count, &order})
     STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == device,
-                    "k, v, index and count must be on q's device");
+                    "k, v, index, count and order must be on q's device");
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
                   "q must be bfloat16 or float16 on CUDA");
   STD_TORCH_CHECK(scale > 0, "scale must be positive on CUDA, got ", scale);
+  SparseAttnCall call = check_sparse_attn(q, k, v, index, count, scale);
   check_rows("q", q);
   check_rows("k", k);
   check_rows("v", v);
-  SparseAttnCall call = check_sparse_attn(q, k, v, index, count, scale);
-  const auto& p = call.params;
-  const char* error = nullptr;
+  flashvsr::SparseAttnParams& p = call.params;
+  STD_TORCH_CHECK(order.scalar_type() == ScalarType::Int, "order must be int32");
+  STD_TORCH_CHECK(order.dim() == 1 && order.size(0) == count.numel(), "order must be (", count.numel(), ",)");
+  STD_TORCH_CHECK(order.is_contiguous(), "order must be contiguous");
+  p.order = static_cast<const int32_t*>(order.const_data_ptr());
   if (p.batches * p.heads * p.q_blocks > 0) {
     void* stream = current_stream(device);
     const torch::stable::accelerator::DeviceGuard guard(device);
-    error = flashvsr_sparse_attn_cuda(&p, device, stream);
+    const char* error = flashvsr_sparse_attn_cuda(&p, device, stream);
+    STD_TORCH_CHECK(error == nullptr, "sparse_attn_cuda was not launched: ", error);
   }
-  STD_TORCH_CHECK(error == nullptr, "sparse_attn_cuda was not launched: ", error ? error : "");
   return {call.out, call.lse};
 }
 
@@ -201,8 +205,8 @@ STABLE_TORCH_LIBRARY_IMPL(flashvsr, CPU, m) { m.impl("sparse_attn_cpu", TORCH_BO
 #ifdef FLASHVSR_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
   m.def(
-      "sparse_attn_cuda(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale) -> (Tensor, "
-      "Tensor)");
+      "sparse_attn_cuda(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, Tensor order, float scale) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashvsr, CUDA, m) { m.impl("sparse_attn_cuda", TORCH_BOX(&sparse_attn_cuda)); }

@@ -21,6 +21,7 @@ struct SparseAttnParams {
   float* lse;             // (B, H, Lq), contiguous, natural logarithm
   const int32_t* index;   // (B, H, Mq, cap), contiguous
   const int32_t* count;   // (B, H, Mq), contiguous
+  const int32_t* order;   // (B * H * Mq,): the n-th list to run is (b * H + h) * Mq + i; null on the CPU
   Strides q_strides, k_strides, v_strides;
   int64_t batches, heads, q_len, k_len, q_blocks, k_blocks, cap;
   int dim;  // D: 64 or 128

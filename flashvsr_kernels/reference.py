@@ -3,6 +3,8 @@ them can.
 
 Shapes, layouts and meanings are those of the public functions; arguments have been checked by them.
 """
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,27 +43,46 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: 
 def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """mask: bool (B, H, Mq, Mk). One head and some query blocks at a time: all scores need gigabytes."""
     B, Lq, H, _ = q.shape
-    Lk = k.shape[1]
-    rows = BLOCK * max(1, SCORES // (BLOCK * B * max(Lk, 1)))
     # Results are allocated first: small ones between the scores would break up what is freed for the next.
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=torch.float32)
-    for h in range(H):
-        for at in range(0, Lq, rows):
-            m = mask[:, h, at // BLOCK:(at + rows) // BLOCK]
-            out[:, at:at + rows, h], lse[:, h, at:at + rows] = _attend(q[:, at:at + rows, h], k[:, :, h],
-                                                                       v[:, :, h], m, scale)
+    for h, part, m in _parts(q, k, mask):
+        p, lse[:, h, part] = _probabilities(q[:, part, h], k[:, :, h], m, scale)
+        # What is not a number in v would show in rows without keys too.
+        out[:, part, h] = (p.to(q.dtype) @ v[:, :, h]).masked_fill(~m.any(-1, keepdim=True), 0)
     return out, lse
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One head: q (B, Lq, D), k and v (B, Lk, D), mask (B, Mq, Mk)."""
-    m = mask.repeat_interleave(BLOCK, 1)[:, :q.shape[1]].repeat_interleave(BLOCK, 2)[:, :, :k.shape[1]]
-    empty = ~m.any(-1, keepdim=True)
+def sparse_attn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+                         scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of sparse_attn for grad (B, Lq, H, D), in the same parts."""
+    dq, (dk, dv) = q.new_empty(q.shape), (x.new_zeros(x.shape, dtype=_accumulate(x)) for x in (k, v))
+    for h, part, m in _parts(q, k, mask):
+        p, _ = _probabilities(q[:, part, h], k[:, :, h], m, scale)
+        dp = (grad[:, part, h] @ v[:, :, h].transpose(-1, -2)).to(p.dtype)
+        ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
+        dq[:, part, h] = ds @ k[:, :, h]
+        dk[:, :, h] += ds.transpose(-1, -2) @ q[:, part, h]
+        dv[:, :, h] += p.to(q.dtype).transpose(-1, -2) @ grad[:, part, h]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _parts(q: Tensor, k: Tensor, mask: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Head, rows and their mask (B, rows, Lk), at most SCORES scores at a time."""
+    B, Lq, H, _ = q.shape
+    Lk = k.shape[1]
+    rows = BLOCK * max(1, SCORES // (BLOCK * B * max(Lk, 1)))
+    for h in range(H):
+        for at in range(0, Lq, rows):
+            m = mask[:, h, at // BLOCK:(at + rows) // BLOCK].repeat_interleave(BLOCK, 1)[:, :Lq - at]
+            yield h, slice(at, at + rows), m.repeat_interleave(BLOCK, 2)[:, :, :Lk]
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax of one head's scores (B, rows, Lk), 0 where mask is not, and its log-sum-exp (B, rows)."""
     s = (q @ k.transpose(-1, -2)).to(_accumulate(q)) * scale
-    s = s.masked_fill(~m, -torch.inf)
-    # An empty row has no softmax: it is given finite scores here and zeroed below; gradients stay finite too.
-    p = s.masked_fill(empty, 0).softmax(-1).to(q.dtype)
-    return (p @ v).masked_fill(empty, 0), s.detach().logsumexp(-1)
+    s, empty = s.masked_fill(~mask, -torch.inf), ~mask.any(-1, keepdim=True)
+    # A row without a key has no softmax: it is given finite scores, so that autograd's gradients are finite.
+    return s.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0), s.detach().logsumexp(-1)
 
 
 def window_order(x: Tensor, grid: tuple[int, int, int]) -> Tensor:

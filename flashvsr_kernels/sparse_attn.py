@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, _triton, reference
 from .backends import Backend, pick, register
 from .block_mask import BLOCK, BlockMask
 
@@ -17,8 +17,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        bf16 or fp16; on a CPU also float32 and float64. The last block of queries or keys may be partial.
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
-    backend: "cpu" (C++), "cuda" (CUDA C++, sm_80 up, bf16 and fp16), "reference" (PyTorch), or None for the
-       first of them that can run the call
+    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), "cuda" (CUDA C++, sm_80 up), all three bf16 and fp16;
+       "cpu" (C++); "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
     (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
@@ -48,25 +48,45 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
                          f"got one for {(*mask.count.shape, mask.key_blocks)}")
     if mask.index.device != q.device:
         raise ValueError(f"mask must be on {q.device}, got {mask.index.device}")
-    out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count,
+    out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count, mask.order,
                                               D ** -0.5 if scale is None else scale, backend)
     return (out, lse) if return_lse else out
 
 
-def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+# Implementations take (q, k, v, index, count, order, scale) and return (out, lse). Kernel modules are imported when
+# they first run: Triton is optional, and takes a second to import.
+
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
                    scale: float) -> tuple[Tensor, Tensor]:
-    dense = BlockMask(index, count, count, -(-k.shape[1] // BLOCK)).to_dense()
+    dense = BlockMask(index, count, order, -(-k.shape[1] // BLOCK)).to_dense()
     return reference.sparse_attn(q, k, v, dense, scale)
 
 
-def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+def _run_cpu(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
              scale: float) -> tuple[Tensor, Tensor]:
     return torch.ops.flashvsr.sparse_attn_cpu(q, k, v, index, count, scale)
 
 
-def _run_cuda(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor,
+def _run_cuda(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
               scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, index, count, scale)
+    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, index, count, order, scale)
+
+
+def _run_triton(*call: Tensor | float) -> tuple[Tensor, Tensor]:
+    from . import sparse_attn_triton
+    return sparse_attn_triton.forward(*call)
+
+
+def _run_hopper(*call: Tensor | float) -> tuple[Tensor, Tensor]:
+    from . import sparse_attn_hopper
+    return sparse_attn_hopper.forward(*call)
+
+
+def _hopper_available() -> str | None:
+    reason = _triton.available()
+    if reason is None and _triton.capability() != 90:
+        reason = f"needs compute capability 9.0, {torch.cuda.get_device_name()} has another"
+    return reason
 
 
 def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
@@ -75,63 +95,88 @@ def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None if q.dtype in (torch.float32, torch.float64, torch.bfloat16) else f"has no {q.dtype}"
 
 
-def _cuda_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+def _gpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if q.device.type != "cuda":
         return f"runs on a CUDA device, q is on {q.device}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"has no {q.dtype}"
-    if scale <= 0:
-        return f"scale must be positive, is {scale}"
+    return None if scale > 0 else f"scale must be positive, is {scale}"
+
+
+def _aligned(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """For kernels that copy rows in pieces of 16 bytes."""
+    if reason := _gpu_supports(q, k, v, scale):
+        return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
-            return f"rows of {name} must be 16-byte aligned, its strides are {x.stride()}"
+        strides = [stride for size, stride in zip(x.shape, x.stride()[:3]) if size > 1]
+        if x.data_ptr() % 16 or any(stride % 8 or stride <= 0 for stride in strides):
+            return f"rows of {name} must be distinct and 16-byte aligned, its strides are {x.stride()}"
     return None
 
 
-register("sparse_attn", Backend("cpu", _run_cpu, _native.available, _cpu_supports),
-         Backend("cuda", _run_cuda, _native.cuda_available, _cuda_supports),
+register("sparse_attn", Backend("hopper", _run_hopper, _hopper_available, _aligned),
+         Backend("triton", _run_triton, _triton.available, _gpu_supports),
+         Backend("cuda", _run_cuda, _native.cuda_available, _aligned),
+         Backend("cpu", _run_cpu, _native.available, _cpu_supports),
          Backend("reference", _run_reference))
 
-_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, "
+_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, Tensor order, float scale, "
             "str? backend) -> (Tensor, Tensor)")
-_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
-            "float scale) -> (Tensor, Tensor, Tensor)")
+_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor index, "
+            "Tensor count, Tensor order, float scale, str? backend) -> (Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
-def _forward(q, k, v, index, count, scale, backend):
-    return pick("sparse_attn", backend, q, k, v, scale).run(q, k, v, index, count, scale)
+def _forward(q, k, v, index, count, order, scale, backend):
+    return pick("sparse_attn", backend, q, k, v, scale).run(q, k, v, index, count, order, scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn", lib=_lib)
-def _forward_fake(q, k, v, index, count, scale, backend):
+def _forward_fake(q, k, v, index, count, order, scale, backend):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
+def _backward_reference(grad, q, k, v, out, lse, index, count, order, scale):
+    dense = BlockMask(index, count, order, -(-k.shape[1] // BLOCK)).to_dense()
+    return reference.sparse_attn_backward(grad, q, k, v, dense, scale)
+
+
+def _backward_triton(*call):
+    from . import sparse_attn_backward
+    return sparse_attn_backward.backward(*call)
+
+
+def _backward_hopper(*call):
+    from . import sparse_attn_backward_hopper
+    return sparse_attn_backward_hopper.backward(*call)
+
+
+register("sparse_attn_backward", Backend("hopper", _backward_hopper, _hopper_available, _aligned),
+         Backend("triton", _backward_triton, _triton.available, _gpu_supports),
+         Backend("reference", _backward_reference))
+
+
 @torch.library.impl(_lib, "sparse_attn_backward", "CompositeExplicitAutograd")
-def _backward(grad, q, k, v, index, count, scale):
-    # The gradient of the reference, recomputed: no backend has a backward of its own yet.
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, _ = _run_reference(*leaves, index, count, scale)
-        return torch.autograd.grad(out, leaves, grad)
+def _backward(grad, q, k, v, out, lse, index, count, order, scale, backend):
+    return pick("sparse_attn_backward", backend, q, k, v, scale).run(grad, q, k, v, out, lse, index, count, order,
+                                                                     scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn_backward", lib=_lib)
-def _backward_fake(grad, q, k, v, index, count, scale):
+def _backward_fake(grad, q, k, v, out, lse, index, count, order, scale, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, index, count, scale, _ = inputs
-    ctx.save_for_backward(q, k, v, index, count)
-    ctx.scale = scale
+    q, k, v, index, count, order, scale, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, index, count, order)
+    ctx.scale, ctx.backend = scale, backend if backend in ("hopper", "triton", "reference") else None
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
-    return (*torch.ops.flashvsr.sparse_attn_backward(grad, *ctx.saved_tensors, ctx.scale),
-            None, None, None, None)
+    return (*torch.ops.flashvsr.sparse_attn_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend),
+            None, None, None, None, None)
 
 
 torch.library.register_autograd("flashvsr::sparse_attn", _autograd, setup_context=_setup_context, lib=_lib)

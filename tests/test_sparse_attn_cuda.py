@@ -16,9 +16,10 @@ SHAPES = {"whole blocks": (256, 384, 128), "partial blocks": (300, 515, 128), "o
           "many D 64": (1024, 4096, 64)}
 
 
-def call(q, k, v, mask, scale=None):
+def call(q, k, v, mask, scale=None, **changed):
     lists = BlockMask.from_dense(mask)
-    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count,
+    lists = {"index": lists.index, "count": lists.count, "order": lists.order} | changed
+    return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, *lists.values(),
                                                q.shape[-1] ** -0.5 if scale is None else scale)
 
 
@@ -79,6 +80,25 @@ def test_what_must_not_be_read_is_nan(D):
         assert torch.equal(got, expected)
 
 
+def test_any_order():
+    q, k, v, mask = make(1024, 1000, 128, torch.bfloat16)
+    wanted = call(q, k, v, mask)
+    tiles = mask.shape[:3].numel()
+    for order in (torch.arange(tiles), torch.arange(tiles).flip(0), torch.randperm(tiles)):
+        for got, expected in zip(call(q, k, v, mask, order=order.int().cuda()), wanted):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("garbage", [-1, 2 ** 31 - 1])
+def test_entries_past_count_are_not_followed(garbage):
+    q, k, v, mask = make(300, 1000, 128, torch.bfloat16)
+    lists = BlockMask.from_dense(mask)
+    past = torch.arange(lists.index.shape[-1], device="cuda") >= lists.count[..., None]
+    wanted = call(q, k, v, mask)
+    for got, expected in zip(call(q, k, v, mask, index=lists.index.masked_fill(past, garbage)), wanted):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_empty_rows(dtype):
     q, k, v, mask = make(300, 300, 128, dtype)
@@ -90,9 +110,18 @@ def test_empty_rows(dtype):
     check(out, lse, q, k, v, mask)
 
 
-def test_large_scores():
+@pytest.mark.parametrize("factor", [10, 60, 1000])
+def test_large_scores(factor):
     q, k, v, mask = make(256, 640, 128, torch.bfloat16)
-    q *= 60
+    q *= factor
+    check(*call(q, k, v, mask), q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_maximum_in_the_last_block(dtype):
+    q, k, v, mask = make(256, 1024, 128, dtype)
+    mask[...] = True
+    k[:, -1] = q[:, 5] * 4  # scores of this key outgrow all before, far more in some rows than in others
     check(*call(q, k, v, mask), q, k, v, mask)
 
 
@@ -110,7 +139,8 @@ def test_current_stream_and_graph():
     wanted, _ = call(q, k, v, mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count, 128 ** -0.5)
+        out, _ = torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count, lists.order,
+                                                         128 ** -0.5)
     out.zero_()
     graph.replay()
     torch.cuda.synchronize()
@@ -124,6 +154,22 @@ BAD = {
                   "q('s rows)? must be"),
     "device": (lambda q, k, v: (q, k.cpu(), v), 1.0, "must be on q's device"),
 }
+
+
+BAD_ORDERS = {
+    "int64": (lambda order: order.long(), "order must be int32"),
+    "one tile short": (lambda order: order[1:], r"order must be \(6,\)"),
+    "two dimensions": (lambda order: order[None], r"order must be \(6,\)"),
+    "every second element": (lambda order: order.repeat_interleave(2)[::2], "order must be contiguous"),
+    "on the CPU": (lambda order: order.cpu(), "must be on q's device"),
+}
+
+
+@pytest.mark.parametrize("change, words", BAD_ORDERS.values(), ids=BAD_ORDERS.keys())
+def test_bad_orders(change, words):
+    q, k, v, mask = make(128, 128, 64, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=words):
+        call(q, k, v, mask, order=change(BlockMask.from_dense(mask).order))
 
 
 @pytest.mark.parametrize("change, scale, words", BAD.values(), ids=BAD.keys())

@@ -1,0 +1,268 @@
+"""Block-sparse attention forward for Hopper (sm_90), in Gluon: TMA, wgmma and specialised warps.
+
+A program serves one query block. One producer warp streams the listed key and value blocks through a ring in
+shared memory by TMA; two consumer warpgroups of 64 query rows each take turns at the tensor cores: while one
+multiplies, the other computes its exponentials. Inside a warpgroup the product P V of the block before runs
+under the softmax of the current one.
+
+bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange between
+lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum, unless
+  - a row's sum passes 2^60, or a sum of products is not finite;
+  - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
+  - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running maximum, is
+    rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
+Then the program runs its block again with the running maximum, at the price of twice the time for this block. fp16
+has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a stream the
+newest keys, the likeliest to weigh most, come first; and the block that may be partial is the first too.
+
+Ideas: ping-pong of warpgroups and overlapped P V from FlashAttention-3 (arXiv 2407.08608). The fixed maximum,
+named barriers instead of mbarriers to free ring slots and sums kept per lane were found by experiment.
+"""
+import math
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+BLOCK = 128                                           # tokens of a block
+CONSUMER_REGISTERS = gl.constexpr(240)                # of a thread; 65536 in all
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+# Triton 3.8 brought the new names, 3.9 dropped the old.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; turns of the consumers 14 and 15.
+# Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the consumers.
+K_FREE = gl.constexpr(8)
+V_FREE = gl.constexpr(10)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
+            scale: float) -> tuple[Tensor, Tensor]:
+    B, Lq, H, D = q.shape
+    Lk, (Mq, cap) = k.shape[1], index.shape[2:]
+    out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
+    half, whole = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D]
+    with torch.cuda.device_of(q):
+        kernel[(B * H * Mq,)](_descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole),
+                              _descriptor(out, half), lse, index, count, order, scale * math.log2(math.e), Lq, Lk, H,
+                              Mq, cap, **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
+    return out, lse
+
+
+def config(bf16: bool, partial: bool) -> dict[str, int | bool]:
+    """The kernel's constants. partial: the last key block is."""
+    return dict(FIXED_MAX=bf16, PARTIAL=partial, num_warps=4)
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    # The stride of a dimension of one element is never used, but TMA wants it aligned.
+    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:3], x.stride())] + [1]
+    return TensorDescriptor(x, list(x.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+@gluon.jit
+def _barrier(instruction: gl.constexpr):
+    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _free(first: gl.constexpr, step):
+    """A consumer is done with its slot. mbarrier.arrive would synchronise the warpgroup first."""
+    gl.inline_asm_elementwise("bar.arrive $1, 288; mov.u32 $0, 0;", "=r,r", [first + (step & 1)], dtype=gl.int32,
+                              is_pure=False, pack=1)
+
+
+@gluon.jit
+def _fetch(desc, batch, block, head, step, ring, full, free: gl.constexpr):
+    """The producer waits for both consumers to free the slot, then asks for a block."""
+    if step >= 2:  # both slots begin free
+        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [free + (step & 1)], dtype=gl.int32,
+                                  is_pure=False, pack=1)
+    mbarrier.expect(full.index(step & 1), 128 * desc.block_shape[3] * 2)
+    _load(desc, [batch, block * 128, head, 0], full.index(step & 1), ring.index(step & 1))
+
+
+@gluon.jit
+def _stream(k_desc, v_desc, batch, head, index, n, step, k_ring, v_ring, k_full, v_full):
+    """All listed blocks once, from the last to the first, keys one block ahead of values."""
+    block = gl.load(index + n - 1)
+    following = gl.load(index + gl.maximum(n - 2, 0))
+    _fetch(k_desc, batch, block, head, step, k_ring, k_full, K_FREE)
+    for j in range(1, n):
+        before = block
+        block = following
+        following = gl.load(index + gl.maximum(n - 2 - j, 0))
+        _fetch(k_desc, batch, block, head, step + j, k_ring, k_full, K_FREE)
+        _fetch(v_desc, batch, before, head, step + j - 1, v_ring, v_full, V_FREE)
+    _fetch(v_desc, batch, block, head, step + n - 1, v_ring, v_full, V_FREE)
+
+
+@gluon.jit
+def _producer(q_desc, k_desc, v_desc, index, count, order, H, Mq, cap, q_tile, k_ring, v_ring, q_full, k_full,
+              v_full, bad, judged, FIXED_MAX: gl.constexpr):
+    tile = gl.load(order + gl.program_id(0))
+    n = gl.load(count + tile)
+    if n > 0:
+        row, head, batch = tile % Mq * 128, tile // Mq % H, tile // Mq // H
+        index += tile.to(gl.int64) * cap
+        for w in gl.static_range(2):
+            mbarrier.expect(q_full.index(w), 64 * q_desc.block_shape[3] * 2)
+            _load(q_desc, [batch, row + w * 64, head, 0], q_full.index(w), q_tile.index(w))
+        _stream(k_desc, v_desc, batch, head, index, n, 0, k_ring, v_ring, k_full, v_full)
+        if FIXED_MAX:
+            mbarrier.wait(judged, 0)
+            L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            if gl.max(bad.index(0).load(L) + bad.index(1).load(L), 0) > 0:
+                _stream(k_desc, v_desc, batch, head, index, n, n, k_ring, v_ring, k_full, v_full)
+
+
+@gluon.jit
+def _row_sums(p):
+    """What each lane holds of a row, summed: (64, 128) to (64, 4), without an exchange between lanes."""
+    return gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX: gl.constexpr,
+            PARTIAL: gl.constexpr):
+    """A consumer's pass over the list: sums of p v (64, D) and of p (64,), the largest of the four lanes' shares of the
+    latter, and the maximum (64,), of all scores or of the first block's, times c.
+
+    edge: keys of the block that comes first    step: blocks that went through the ring before
+    """
+    D: gl.constexpr = q.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])  # of scores
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])    # of the result
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    MY_TURN: gl.constexpr = "bar.sync 14, 256; mov.u32 $0, 0;" if W == 0 else "bar.sync 15, 256; mov.u32 $0, 0;"
+    YOUR_TURN: gl.constexpr = ("bar.arrive 15, 256; mov.u32 $0, 0;" if W == 0 else
+                               "bar.arrive 14, 256; mov.u32 $0, 0;")
+    zero = gl.full([64, 128], 0.0, gl.float32, S)
+    acc = gl.full([64, D], 0.0, gl.float32, O)
+
+    mbarrier.wait(k_full.index(step & 1), step >> 1 & 1)
+    _barrier(MY_TURN)
+    s = warpgroup_mma(q, k_ring.index(step & 1).reshape([128, D]).permute((1, 0)), zero, use_acc=False,
+                      is_async=True)
+    _barrier(YOUR_TURN)
+    s = warpgroup_mma_wait(0, deps=[s])
+    _free(K_FREE, step)
+    if PARTIAL:
+        s = gl.where(gl.arange(0, 128, gl.SliceLayout(0, S))[None, :] < edge, s, float("-inf"))
+    m = gl.max(s, 1)
+    p = gl.exp2((s - m[:, None]) * c)
+    l = _row_sums(p)
+    m_c = m * c
+    b_p = gl.convert_layout(p.to(q.dtype), P)
+    for j in range(1, n):
+        at = step + j
+        mbarrier.wait(k_full.index(at & 1), at >> 1 & 1)
+        _barrier(MY_TURN)
+        s = warpgroup_mma(q, k_ring.index(at & 1).reshape([128, D]).permute((1, 0)), zero, use_acc=False,
+                          is_async=True)
+        mbarrier.wait(v_full.index(at - 1 & 1), at - 1 >> 1 & 1)
+        pv = warpgroup_mma(b_p, v_ring.index(at - 1 & 1).reshape([128, D]), acc, is_async=True)
+        _barrier(YOUR_TURN)
+        s = warpgroup_mma_wait(1, deps=[s])
+        _free(K_FREE, at)
+        if FIXED_MAX:
+            p = gl.exp2(s * c - m_c[:, None])
+            l += _row_sums(p)
+            acc = warpgroup_mma_wait(0, deps=[pv])
+        else:
+            highest = gl.maximum(m, gl.max(s, 1))
+            shrink = gl.exp2((m - highest) * c)
+            m = highest
+            # Not s c - m c in one instruction, which is not 0 at the maximum when scores are large.
+            p = gl.exp2((s - m[:, None]) * c)
+            l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + _row_sums(p)
+            acc = warpgroup_mma_wait(0, deps=[pv])
+            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        _free(V_FREE, at - 1)
+        # Made before the wait, P in 16 bits makes ptxas put all wgmma in a row (its warning C7513).
+        b_p = gl.convert_layout(p.to(q.dtype), P)
+    last = step + n - 1
+    mbarrier.wait(v_full.index(last & 1), last >> 1 & 1)
+    pv = warpgroup_mma(b_p, v_ring.index(last & 1).reshape([128, D]), acc, is_async=True)
+    R: gl.constexpr = gl.SliceLayout(1, O)
+    total = gl.convert_layout(gl.sum(l, 1), R)
+    most = gl.convert_layout(gl.max(l, 1), R)
+    acc = warpgroup_mma_wait(0, deps=[pv])
+    _free(V_FREE, last)
+    return acc, total, most, gl.convert_layout(m, R) * c
+
+
+@gluon.jit
+def _consumer(W: gl.constexpr, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
+              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+    D: gl.constexpr = out_desc.block_shape[3]
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    R: gl.constexpr = gl.SliceLayout(1, O)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tile = gl.load(order + gl.program_id(0))
+    n = gl.load(count + tile)
+    row, head, batch = tile % Mq * 128 + W * 64, tile // Mq % H, tile // Mq // H
+    acc = gl.full([64, D], 0.0, gl.float32, O)
+    log_sum = gl.full([64], float("-inf"), gl.float32, R)
+    q = q_tile.index(W).reshape([64, D])
+    if n > 0:
+        edge = 128
+        if PARTIAL:
+            edge = gl.minimum(Lk - gl.load(index + tile.to(gl.int64) * cap + n - 1) * 128, 128)
+        mbarrier.wait(q_full.index(W), 0)
+        if W == 1:
+            _barrier("bar.arrive 14, 256; mov.u32 $0, 0;")  # the first turn is the other consumer's
+        acc, l, most, m = _attend(W, q, n, edge, c, 0, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
+        if FIXED_MAX:
+            # Written so that NaN is bad too: the exact pass decides what it means.
+            in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (gl.max(gl.abs(acc), 1) < float("inf"))
+            good = in_range & ((l < 8.0) | (most < 0.98 * l))
+            bad.index(W).store(gl.full([1], gl.max(gl.where(good, 0, 1), 0), gl.int32, ONE))
+            mbarrier.arrive(judged, count=1)
+            mbarrier.wait(judged, 0)
+            if gl.max(bad.index(0).load(ONE) + bad.index(1).load(ONE), 0) > 0:
+                acc, l, most, m = _attend(W, q, n, edge, c, n, k_ring, v_ring, k_full, v_full, False, PARTIAL)
+        acc *= (1.0 / l)[:, None]
+        log_sum = (m + gl.log2(l)) * 0.6931471805599453
+    q.store(acc.to(q.dtype))
+    fence_async_shared()
+    _store(out_desc, [batch, row, head, 0], q_tile.index(W))
+    rows = row + gl.arange(0, 64, R)
+    gl.store(lse + (tile // Mq).to(gl.int64) * Lq + rows, log_sum, mask=rows < Lq)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["Lq", "Lk", "H", "Mq", "cap"])
+def kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap,
+           FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+    D: gl.constexpr = k_desc.block_shape[3]
+    q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 128, 1, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 128, 1, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    judged = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    bad = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    mbarrier.init(judged, count=2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consumer, (0, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
+                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_consumer, (1, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
+                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_producer, (q_desc, k_desc, v_desc, index, count, order, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
+                     k_full, v_full, bad, judged, FIXED_MAX)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

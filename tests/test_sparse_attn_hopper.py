@@ -1,0 +1,186 @@
+"""The Gluon forward for sm_90 against float64, above all where its fixed maximum must give way."""
+import math
+
+import pytest
+import torch
+
+from flashvsr_kernels import BlockMask, backends, sparse_attn
+from tests.error_rule import check_attention
+
+REFUSAL = backends()["sparse_attn"]["hopper"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
+NAN = float("nan")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = {"whole blocks": (1, 256, 384, 2, 128), "partial blocks": (2, 300, 515, 3, 128),
+          "odd": (2, 129, 127, 3, 64), "one": (1, 1, 1, 1, 64), "33 keys": (1, 70, 33, 1, 128),
+          "many": (1, 1024, 4096, 3, 128), "many D 64": (1, 1024, 4096, 3, 64)}
+
+
+def make(B=1, Lq=512, Lk=1024, H=2, D=128, dtype=torch.bfloat16, density=0.6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, L, H, D, generator=g).to("cuda", dtype) for L in (Lq, Lk, Lk))
+    mask = (torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density).cuda()
+    mask[..., 0, 0] = True
+    return q, k, v, mask
+
+
+def call(q, k, v, mask, scale=None):
+    return sparse_attn(q, k, v, mask, scale=scale, return_lse=True, backend="hopper")
+
+
+def check(q, k, v, mask, scale=None):
+    out, lse = call(q, k, v, mask, scale)
+    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    check_attention(out, lse, q, k, v, mask, scale, lse_tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_float64_reference(dtype, shape):
+    check(*make(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("factor", [1, 3, 10, 30, 60, 100, 200, 1000])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_growth_past_the_first_block(dtype, factor):
+    """Scores of any size: rows whose sum leaves the fixed maximum's range are computed again."""
+    q, k, v, mask = make(dtype=dtype)
+    check(q * factor if dtype == torch.bfloat16 else q * min(factor, 100), k, v, mask)
+
+
+@pytest.mark.parametrize("at", [0, 500, 1023], ids=["first key", "a key between", "last key"])
+@pytest.mark.parametrize("gain", [1, 5, 10, 20, 41, 43, 80, 1e3])
+def test_one_hot_key(gain, at):
+    """One row in one warpgroup has all its weight on one key, and its sum passes 2^60 or not."""
+    q, k, v, mask = make()
+    mask[...] = True
+    k[:, at] = q[:, 300] * gain / 11.3
+    check(q, k, v, mask)
+
+
+def test_sum_at_the_limit():
+    """Row sums on both sides of 2^60 in one block: the verdict is the block's, results are right on both."""
+    q, k, v, mask = make(Lq=128, H=1)
+    mask[...] = True
+    q = torch.nn.functional.normalize(q.float(), dim=-1)
+    hot = q[0, :, 0].mean(0)
+    grow = torch.linspace(0.98, 1.02, 128, device="cuda")[:, None]
+    q[0, :, 0] = hot / hot.norm() * grow
+    k[0, :, 0] = k[0, :, 0] * 0.01
+    k[0, -1, 0] = (hot / hot.norm() * 60 * math.log(2)).to(k.dtype)
+    check(q.bfloat16(), k, v, mask, scale=1.0)
+
+
+def test_late_outliers_in_every_tenth_row():
+    q, k, v, mask = make(Lq=1024, Lk=2048)
+    q[:, ::10] *= 50
+    k[:, 1500:] *= 3
+    check(q, k, v, mask)
+
+
+def test_values_that_overflow_a_shifted_sum():
+    """Row sums within the limit, times values of 1e30, are not."""
+    q, k, v, mask = make()
+    check(q * 8, k, v * 1e30, mask)
+
+
+def test_nan_stays_in_its_row():
+    q, k, v, mask = make()
+    mask[...] = True
+    q[0, 200, 1] = NAN
+    out, lse = call(q, k, v, mask)
+    assert out[0, 200, 1].isnan().all() and lse[0, 1, 200].isnan()
+    q[0, 200, 1] = 0
+    out[0, 200, 1], lse[0, 1, 200] = (x[0] for x in (call(q, k, v, mask)[0][:, 200, 1],
+                                                     call(q, k, v, mask)[1][:, 1, 200]))
+    check_attention(out, lse, q, k, v, mask, lse_tolerance=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 2.0])
+def test_scale(scale):
+    check(*make(Lq=300, Lk=515), scale)
+
+
+@pytest.mark.parametrize("layout", ["one tensor of q, k and v", "heads before rows", "padded rows", "ring of keys"])
+def test_strides(layout):
+    q, k, v, mask = make(2, 300, 300, 3, 64)
+    if layout == "one tensor of q, k and v":
+        views = torch.stack([q, k, v], 2).unbind(2)
+    elif layout == "heads before rows":
+        views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    elif layout == "padded rows":
+        views = [torch.nn.functional.pad(x, (8, 16), value=NAN)[..., 8:-16] for x in (q, k, v)]
+    else:
+        views = [q] + [torch.nn.functional.pad(x, (0, 0, 0, 0, 128, 256), value=NAN)[:, 128:-256] for x in (k, v)]
+    assert not any(x.is_contiguous() for x in views[1:])
+    for got, wanted in zip(call(*views, mask), call(q, k, v, mask)):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_what_must_not_be_read_is_nan(D):
+    q, k, v, mask = make(2, 140, 400, 3, D)
+    mask[..., 1] = False  # nobody reads key block 1
+    wanted = call(q, k, v, mask)
+    k[:, 128:256] = v[:, 128:256] = NAN
+    lists = BlockMask.from_dense(mask)
+    past = torch.arange(lists.index.shape[-1], device="cuda") >= lists.count[..., None]
+    lists.index[past] = 2 ** 30
+    for got, expected in zip(call(q, k, v, lists), wanted):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_empty_rows_and_heads(dtype):
+    q, k, v, mask = make(2, 300, 300, 3, dtype=dtype)
+    mask[:, 1, 0] = mask[0, :, 2] = mask[1, 2] = False
+    out, lse = call(q, k, v, mask)
+    rows = (~mask.any(-1)).repeat_interleave(128, 2)[..., :300]
+    assert (lse[rows] == -math.inf).all() and (out.transpose(1, 2)[rows] == 0).all()
+    check(q, k, v, mask)
+
+
+def test_same_bits_again_with_other_work_on_the_card():
+    q, k, v, mask = make(1, 2048, 4096, 4)
+    q *= 20  # some blocks run again
+    first = call(q, k, v, mask)
+    side, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(100):
+        with torch.cuda.stream(side):
+            busy @ busy
+        for got, wanted in zip(call(q, k, v, mask), first):
+            assert torch.equal(got, wanted)
+
+
+def test_graph_replays_with_another_mask():
+    q, k, v, mask = make()
+    call(q, k, v, mask)
+    graph, held = torch.cuda.CUDAGraph(), mask.clone()
+    with torch.cuda.graph(graph):
+        out, lse = call(q, k, v, held)
+    for seed in range(3):
+        q2, k2, v2, mask2 = make(seed=seed, density=0.2 + 0.3 * seed)
+        for a, b in ((q, q2), (k, k2), (v, v2), (held, mask2)):
+            a.copy_(b)
+        out.fill_(NAN), lse.fill_(NAN)
+        graph.replay()
+        for got, wanted in zip((out, lse), call(q2, k2, v2, mask2)):
+            assert torch.equal(got, wanted)
+
+
+def test_offsets_beyond_two_gigabytes():
+    """Key rows 3 GB apart from the first."""
+    q, k, v, _ = make(1, 128, 256, 1)
+    base = torch.empty(2, 256, 6 * 2 ** 20 // 2, dtype=q.dtype, device="cuda")  # rows 6 MB apart
+    wide = base[:, :, :128].unsqueeze(2)
+    wide[0:1], wide[1:2] = k, v
+    mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device="cuda")
+    for got, wanted in zip(call(q, wide[0:1], wide[1:2], mask), call(q, k, v, mask)):
+        assert torch.equal(got, wanted)
+
+
+def test_misaligned_rows_are_refused_with_the_reason():
+    q, k, v, mask = make()
+    odd = torch.nn.functional.pad(q, (1, 0))[..., 1:]
+    with pytest.raises(NotImplementedError, match="hopper: rows of q must be distinct and 16-byte aligned"):
+        call(odd, k, v, mask)
