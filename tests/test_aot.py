@@ -1,0 +1,138 @@
+"""Every Triton and Gluon kernel, compiled for each architecture: it fits, it does not spill, and it uses what
+makes the architecture fast. Needs no GPU.
+"""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flashvsr_kernels import _triton, aot
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
+
+
+@pytest.fixture(scope="module")
+def found():
+    """About a minute of two processors."""
+    return aot.compiled(list(aot.SHARED))
+
+
+def kernels(found, arch, launch=""):
+    of = [x for x in found if isinstance(x, aot.Kernel) and x.arch == arch and x.launch.startswith(launch)]
+    assert of
+    return of
+
+
+@pytest.mark.parametrize("arch", aot.SHARED)
+def test_compiles_fits_and_does_not_spill(found, arch):
+    problems = [f"{one.launch}: {problem}" for one in found if one.arch == arch for problem in one.problems()]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("arch", aot.SHARED)
+def test_every_op_has_kernels(found, arch):
+    ops = {one.launch.split()[0] for one in kernels(found, arch)}
+    assert ops - {"hopper"} == {"forward", "backward", "selection", "lists", "transposed"}
+    assert ("hopper" in ops) == (arch == 90)
+
+
+def test_hopper_kernel_uses_wgmma_and_tma(found):
+    for kernel in kernels(found, 90, "hopper"):
+        assert {"wgmma", "tma"} <= set(kernel.instructions)
+
+
+@pytest.mark.parametrize("launch", ["forward", "backward"])
+@pytest.mark.parametrize("arch, multiply", [(80, "mma"), (86, "mma"), (89, "mma"), (90, "wgmma"),
+                                            (100, "tcgen05"), (120, "mma")])
+def test_tensor_cores_are_fed_asynchronously(found, arch, multiply, launch):
+    used = [set(one.instructions) for one in kernels(found, arch, launch)]
+    used = [one for one in used if one & {"mma", "wgmma", "tcgen05"}]  # others only prepare
+    assert used
+    for instructions in used:
+        assert multiply in instructions and instructions & {"cp.async", "tma"}
+
+
+@pytest.mark.gpu
+def test_real_launches_are_the_compiled_ones(found, tmp_path):
+    """The same launches on this GPU, with memory: Triton keeps their kernels under the same hashes."""
+    arch = _triton.capability()
+    if arch not in aot.SHARED:
+        pytest.skip(f"sm_{arch} is not one that is compiled for")
+    program = f"""if True:
+        import torch, triton
+        from flashvsr_kernels import aot
+        triton.knobs.cache.dir = {str(tmp_path)!r}
+        aot.meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device="cuda")
+        for _, call in aot.launches({arch}):
+            call()
+        torch.cuda.synchronize()"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")]
+    launched = {entry["hash"] for entry in kept if "hash" in entry}
+    assert launched and launched == {kernel.hash for kernel in kernels(found, arch)}
+
+
+@triton.jit
+def _greedy(x, y, N: tl.constexpr):
+    """Wants more registers and shared memory than there are."""
+    p = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_y = tl.zeros([N, N], tl.float32)
+    for i in range(10):
+        b_x = tl.load(x + p + i * N * N)
+        b_y = tl.dot(b_y.to(tl.bfloat16), b_x, b_y)
+    tl.store(y + p, b_y)
+
+
+def bad_launches(arch):
+    x = torch.empty(10 * 256 * 256, dtype=torch.bfloat16, device="meta")
+    yield "greedy", lambda: _greedy[(1,)](x, x.float(), N=256, num_warps=4)
+    yield "idle", lambda: None
+    yield "wrong", lambda: _greedy[(1,)](x, x.float())
+    yield "abort", os.abort
+    yield "never", lambda: None
+
+
+def test_the_gates_can_fail():
+    greedy, *failures = aot.compiled([90], "tests.test_aot:bad_launches")
+    spills, shared, serialized = greedy.problems()
+    assert spills.startswith("_greedy spills: ") and "bytes of shared memory, of 232448" in shared
+    assert serialized == "ptxas serializes the wgmma instructions of _greedy"
+    assert [one.launch for one in failures] == ["idle", "wrong", "abort"]
+    assert failures[0].problems() == ["launched no Triton kernel"]
+    assert failures[1].message.startswith("test_aot.py:")
+    assert failures[1].message.endswith("missing 1 required positional argument: 'N'")
+    assert failures[2].message.startswith("SIGABRT")
+
+
+GOOD = aot.Kernel(90, "forward", "kernel", 384, 168, 0, 0, 232_448, 512, ("wgmma",), False, 1.0, "")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"registers": 176}, "kernel needs 67584 registers, of 65536"),
+    ({"arch": 86}, "kernel needs 232448 bytes of shared memory, of 101376"),
+    ({"tensor_memory": 513}, "kernel needs 513 columns of tensor memory, of 512"),
+    ({"stack": 8}, "kernel spills: 8 bytes of stack, 0 spilled"),
+    ({"spilled": 8}, "kernel spills: 0 bytes of stack, 8 spilled"),
+    ({"serialized": True}, "ptxas serializes the wgmma instructions of kernel"),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_each_limit(change, message):
+    assert GOOD.problems() == []
+    assert dataclasses.replace(GOOD, **change).problems() == [message]
+
+
+@pytest.mark.parametrize("stack, code", [(0, 0), (8, 1)], ids=["good", "bad"])
+def test_command_line(monkeypatch, capsys, stack, code):
+    kernel = dataclasses.replace(GOOD, stack=stack)
+    monkeypatch.setattr(aot, "compiled", lambda archs: [kernel] if archs == [90] else [])
+    monkeypatch.setattr("sys.argv", ["aot", "--arch", "90"])
+    assert aot.main() == code
+    assert ("FAILED: kernel spills" in capsys.readouterr().out) == bool(code)
+    monkeypatch.setattr("sys.argv", ["aot", "--arch", "90", "--json"])
+    assert aot.main() == code
+    assert json.loads(capsys.readouterr().out)[0]["registers"] == 168
