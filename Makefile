@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
+TRITON := triton==3.6.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
@@ -14,12 +15,19 @@ READY := $(VENV)/ready
 # Some interpreted work is fastest on one BLAS thread; C++ and PyTorch use all cores unless told otherwise.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)}
 
-.PHONY: demo test clean
+.PHONY: demo test bench check clean
 demo: $(READY)
 	$(RUN) -m flashvsr_model demo
 
-test: $(READY)
+test: $(VENV)/triton
 	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
+	$(if $(ARGS),,$(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret)
+
+bench: $(VENV)/triton
+	$(RUN) -m benchmarks.bench_attention $(ARGS)
+
+check: $(VENV)/triton
+	$(TEST_ENV) $(RUN) -m benchmarks.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info flashvsr_kernels/*.so
@@ -57,4 +65,11 @@ $(READY): pyproject.toml setup.py $(shell find csrc -type f)
 	  $(PIP) check || true; \
 	fi
 	@grep -E '^ *flashvsr [0-9]' $(VENV)/install.log | tail -1
+	@touch $@
+
+# Without a GPU Triton's kernels are still compiled, for every architecture, and interpreted. A CUDA build of torch
+# brings its own Triton; the CPU build has none and gets the version that was measured on a GPU.
+$(VENV)/triton: $(READY)
+	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) install -q $(TRITON) \
+	  || echo "flashvsr: the index has no $(TRITON) for this machine: its tests are skipped"
 	@touch $@

@@ -44,3 +44,24 @@ def commit() -> str:
         return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
+
+
+def gpu_state() -> dict[str, float | str]:
+    """SM clock (MHz), power drawn and allowed (W), degrees C of the current GPU, or why they are unknown."""
+    fields = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+    gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=" + ",".join(fields), "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return {"unknown": "no nvidia-smi here"}
+    if told.returncode:
+        return {"unknown": (told.stderr or told.stdout).strip()}
+    return dict(zip(fields, (_number(word) for word in told.stdout.split(","))))
+
+
+def _number(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word.strip()  # nvidia-smi says [N/A] for what a GPU cannot tell

@@ -1,0 +1,85 @@
+"""Times of calls that take turns: what one shape's contestants are compared by.
+
+A GPU under load sits at its power limit, and what ran just before decides its clock: timed one after the
+other, or in one fixed order, kernels differ by 8 to 10 % for no fault of theirs. So each contestant runs a
+burst of calls in each round, rounds follow each other without a pause, and over a cycle of rounds every
+contestant comes after every other equally often. A figure is the median over rounds of a burst's mean; a
+ratio is the median of the ratios within rounds. The L2 cache is not flushed: keys and values of 100 MB each
+leave little in its 50 MB from one call to the next.
+"""
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+BURST = .03  # seconds, about 30 calls of the kernels that matter most
+Calls = dict[str, Callable[[], object]]
+
+
+def orders(n: int) -> list[list[int]]:
+    """Orders of n things in which each comes directly after each other equally often (a Williams design).
+
+    n of them, or 2 n where n is odd; every thing also stands in every place equally often.
+    """
+    first = [(-(i // 2) if i % 2 == 0 else i // 2 + 1) % n for i in range(n)]
+    rows = [[(x + shift) % n for x in first] for shift in range(n)]
+    return rows if n % 2 == 0 else rows + [row[::-1] for row in rows]
+
+
+def measure(calls: Calls, device: str, seconds: float, burst: float = BURST) -> dict[str, list[float]]:
+    """Seconds a call of each contestant in each round: whole cycles of rounds, until seconds have passed.
+
+    The calls must have run before: compilation is not timed.
+    burst: seconds that a contestant's turn should last, 1 to 100 calls
+    """
+    names = list(calls)
+    turns = {name: max(1, min(100, round(burst / _bursts({name: calls[name]}, {name: 2}, device)[name])))
+             for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    while True:
+        for order in orders(len(names)):
+            for name, mean in _bursts({names[i]: calls[names[i]] for i in order}, turns, device).items():
+                times[name].append(mean)
+        if time.perf_counter() >= end:
+            return times
+
+
+def _bursts(calls: Calls, turns: dict[str, int], device: str) -> dict[str, float]:
+    """Mean seconds a call, one burst after the other; a GPU is waited for at the end alone."""
+    if device == "cpu":
+        return {name: _on_cpu(call, turns[name]) for name, call in calls.items()}
+    stamps = [_stamp()]
+    for name, call in calls.items():
+        for _ in range(turns[name]):
+            call()
+        stamps.append(_stamp())
+    stamps[-1].synchronize()
+    return {name: start.elapsed_time(end) / 1e3 / turns[name]
+            for name, start, end in zip(calls, stamps, stamps[1:])}
+
+
+def _on_cpu(call: Callable[[], object], turns: int) -> float:
+    start = time.perf_counter()
+    for _ in range(turns):
+        call()
+    return (time.perf_counter() - start) / turns
+
+
+def _stamp() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the rounds, in us."""
+    p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
+    return {name: round(value * 1e6, 2) for name, value in
+            (("us", statistics.median(times)), ("p20", p20), ("p80", p80))}
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median over rounds of over / under within a round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))

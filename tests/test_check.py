@@ -1,0 +1,108 @@
+"""The gates of benchmarks.check: a slowdown must fail them, and so must a kernel that compiles to worse."""
+import copy
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_attention, check, peers
+from benchmarks.static_facts import gate_static
+from flashvsr_kernels import _native
+
+CASE = "fwd/256x384/h2/d128/fp32/density0.45/cv0.175/cpu"
+alone = pytest.mark.skipif(_native.available() is not None or torch.cuda.is_available(),
+                           reason="needs the C++ op, and no GPU")
+
+
+@pytest.mark.parametrize("found, worse", [({"a": 1.2, "b": .9}, []), ({"a": 1.12, "b": .84}, []),
+                                          ({"a": 1.08, "b": .9}, ["a"]), ({"a": 2.0}, ["b"])],
+                         ids=["same", "within the bound", "slower by 11 %", "gone"])
+def test_gate(found, worse):
+    lines = check.gate(found, {"a": 1.2, "b": .9}, 1.08)
+    assert [line.split(":")[0] for line in lines] == worse
+
+
+def test_bounds_find_a_planted_tenth_on_a_gpu_and_a_doubling_on_a_cpu():
+    assert check.gate({"a": 1 / 1.1}, {"a": 1}, check.BOUND["cuda"])
+    assert check.gate({"a": 1 / 2}, {"a": 1}, check.BOUND["cpu"])
+
+
+@alone
+def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
+    """Recorded as it is, the op passes; doing its work twice, it fails. Measured, not simulated."""
+    asked = ["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios", "--seconds", "0.5"]
+    monkeypatch.setattr(check, "cases", lambda device: [
+        case for case in bench_attention.grid(device, quick=True) if f"{case.key}/cpu" == CASE])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    assert check.main([*asked, "--update"]) == 0
+    recorded = json.loads((tmp_path / "ratios.json").read_text())["cpu"]
+    assert recorded["ratios"].keys() == {CASE} and recorded["ratios"][CASE] > .2
+    assert check.main(asked) == 0
+    sparse_attn = peers.sparse_attn
+
+    def slower(*call, **options):
+        sparse_attn(*call, **options)
+        return sparse_attn(*call, **options)
+    monkeypatch.setattr(peers, "sparse_attn", slower)
+    assert check.main(asked) == 1
+    assert f"WORSE: {CASE}" in capsys.readouterr().out
+
+
+@alone
+def test_a_wrong_result_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "cases", lambda device: [
+        case for case in bench_attention.grid(device, quick=True) if f"{case.key}/cpu" == CASE])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    sparse_attn = peers.sparse_attn
+    monkeypatch.setattr(peers, "sparse_attn", lambda *call, **options: 1.1 * sparse_attn(*call, **options))
+    path = str(tmp_path / "none.json")
+    assert check.main(["--baseline", path, "--part", "ratios", "--seconds", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert f"WORSE: {CASE}: error 0.1" in printed and "committed for cpu: reported only" in printed
+
+
+@pytest.mark.parametrize("about, outcome, said", [
+    ({"torch": "2.11", "triton": "3.6"}, 1, "WORSE: x"),
+    ({"torch": "2.12", "triton": "3.6"}, 0, "reported only"),
+    (None, 0, "no figures are committed for NVIDIA H100")], ids=["known", "other versions", "unknown GPU"])
+def test_only_a_known_gpu_is_gated(tmp_path, monkeypatch, capsys, about, outcome, said):
+    figures = {"about": (about or {}) | {"cpu": "c", "commit": "0"}, "ratios": {"x": 1.2}}
+    (tmp_path / "ratios.json").write_text(json.dumps({"NVIDIA H100": figures} if about else {}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(check, "versions", lambda: {"torch": "2.11", "triton": "3.6"})
+    monkeypatch.setattr(check, "ratios", lambda device, seconds: ({"x": 1.0}, []))
+    assert check.main(["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios"]) == outcome
+    assert said in capsys.readouterr().out
+
+
+KERNELS = {"sm_90/forward/attend": {
+    "threads": 384, "registers": 168, "stack": 0, "spilled": 0, "shared": 164_072,
+    "instructions": ["wgmma", "tma"], "serialized": False}}
+
+
+@pytest.mark.parametrize("change, same_compiler, worse", [
+    ({}, True, None), ({"registers": 176}, True, None), ({"registers": 184}, True, "registers 184, was 168"),
+    ({"registers": 184}, False, None), ({"shared": 164_073}, True, "shared"),
+    ({"stack": 8}, False, "stack 8, was 0"),
+    ({"spilled": 4}, False, "spilled"), ({"instructions": ["wgmma"]}, False, "lost tma"),
+    ({"serialized": True}, False, "serialized"), ({"message": "ptxas died"}, False, "ptxas died")],
+    ids=lambda value: str(value))
+def test_static_gate(change, same_compiler, worse):
+    found = copy.deepcopy(KERNELS)
+    found["sm_90/forward/attend"] |= change
+    lines = gate_static(found, KERNELS, same_compiler)
+    assert len(lines) == (worse is not None) and all(worse in line for line in lines)
+
+
+def test_static_gate_finds_what_is_gone_and_what_does_not_compile():
+    assert "no such kernel" in gate_static({}, KERNELS, True)[0]
+    assert gate_static(KERNELS | {"new": {"message": "aborted"}}, KERNELS, True) == ["new: aborted"]
+
+
+def test_committed_figures_are_those_that_are_gated():
+    figures = json.loads((check.RESULTS / "attention_ratios.json").read_text())
+    assert {f"{case.key}/cpu" for case in check.cases("cpu")} == set(figures["cpu"]["ratios"])
+    for name, entry in figures.items():
+        assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
+        assert all(ratio > 0 for ratio in entry["ratios"].values()), name
