@@ -101,10 +101,13 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"backward {what}", partial(_launch, "sparse_attn_backward", "backward", *backward)
         if arch == 90:
             yield f"hopper {what}", partial(_launch, "sparse_attn_hopper", "forward", *forward)
-    local, index, count = meta(torch.bool, 66, 66), *_lists(66, 264)[:2]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        means = [meta(dtype, 1, 12, blocks, 128) for blocks in (66, 264)]
-        yield f"selection {dtype}", partial(_launch, "block_mask_triton", "lcsa_mask", *means, local, 1, 7900)
+            yield f"hopper backward {what}", partial(_launch, "sparse_attn_backward_hopper", "backward", *backward)
+    index, count = _lists(66, 264)[:2]
+    for dtype, S, slices, D in ((torch.bfloat16, 66, 1, 128), (torch.bfloat16, 66, 3, 64), (torch.bfloat16, 480, 1, 128),
+                                (torch.float16, 66, 1, 128), (torch.float32, 66, 1, 128)):
+        means, local = [meta(dtype, 1, 12, n * S, D) for n in (slices, 4)], meta(torch.bool, S, S)
+        yield (f"selection {dtype} {slices * S}x{4 * S} D {D}",
+               partial(_launch, "block_mask_triton", "lcsa_mask", *means, local, slices, 120 * S))
     yield "lists", partial(_launch, "block_mask_triton", "block_lists", meta(torch.bool, 1, 12, 66, 264))
     yield "transposed lists", partial(_launch, "block_mask_triton", "transpose_lists", index, count, 264)
 

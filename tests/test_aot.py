@@ -42,9 +42,13 @@ def test_every_op_has_kernels(found, arch):
     assert ("hopper" in ops) == (arch == 90)
 
 
-def test_hopper_kernel_uses_wgmma_and_tma(found):
-    for kernel in kernels(found, 90, "hopper"):
-        assert {"wgmma", "tma"} <= set(kernel.instructions)
+@pytest.mark.parametrize("launch, names", [("hopper", {"kernel", "dkv_kernel", "dq_kernel"}),
+                                           ("hopper backward", {"dkv_kernel", "dq_kernel"})])
+def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
+    used = [one for one in kernels(found, 90, launch) if one.name in names]
+    assert {one.name for one in used} == names
+    for one in used:
+        assert {"wgmma", "tma"} <= set(one.instructions), one
 
 
 @pytest.mark.parametrize("launch", ["forward", "backward"])

@@ -1,5 +1,4 @@
 """Block lists and the selection in Triton, interpreted and on a GPU, against PyTorch and float64."""
-from functools import partial
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from flashvsr_kernels import BlockMask, aot, block_mask, block_mask_triton, lcsa_mask, local_window, reference
+from flashvsr_kernels import BlockMask, block_mask, block_mask_triton, lcsa_mask, local_window, reference
 from tests import interpreter
 
 on_each_device = pytest.mark.parametrize("device", [
@@ -220,19 +219,3 @@ def test_operators_on_a_gpu():
     index, count, _ = lcsa_mask(q, k, local, slices=slices, topk=topk, backend="triton")
     torch.library.opcheck(ops.transposed_lists.default, (index, count, k.shape[2], "triton"))
     torch.library.opcheck(ops.block_lists.default, (torch.rand(1, 2, 18, 20, device="cuda") < 0.5, "triton"))
-
-
-def launches(arch):
-    """Tiles and sizes that flashvsr_kernels.aot's own launches have not."""
-    bf16, fp16, fp32 = DTYPES.values()
-    for name, dtype, D, S, slices in (("D 64", bf16, 64, 66, 1), ("3 slices", bf16, 64, 66, 3),
-                                      ("S 480", fp16, 128, 480, 1), ("fp32", fp32, 64, 480, 1)):
-        means = [aot.meta(dtype, 1, 12, blocks, D) for blocks in (slices * S, 4 * S)]
-        yield name, partial(block_mask_triton.lcsa_mask, *means, aot.meta(torch.bool, S, S), slices, 7919)
-
-
-@pytest.mark.skipif(block_mask_triton.triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
-def test_other_sizes_compile_and_do_not_spill():
-    found = aot.compiled([80, 90, 100], f"{__name__}:launches")  # mma, wgmma, tcgen05
-    assert not [f"sm_{one.arch} {one.launch}: {problem}" for one in found for problem in one.problems()]
-    assert len(found) > 12
