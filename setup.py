@@ -166,7 +166,7 @@ class Plan:
     def libraries(self, name):
         # The C++ runtime that torch uses. Errors are thrown into torch, and a private copy of the runtime, as
         # a compiler told -static-libstdc++ -static-libgcc links it, crashes in std::ostream and in throw.
-        runtime = ["-Wl,-lstdc++,-lgcc_s"]
+        runtime = ["-Wl,-l:libstdc++.so.6,-l:libgcc_s.so.1"]
         if name == "flashvsr_kernels._build":
             return runtime
         cudart = []
