@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_mask import head_groups
+from .block_mask import waves
 
 NOT_A_NUMBER = tl.constexpr(0x3FFFFFFF)  # key of NaN: above the key of 1.0, 0x3F800000, as kthvalue has it
 TOP = tl.constexpr(22)                   # the first digit is key >> TOP, 8 bits
@@ -49,13 +49,13 @@ def transpose_lists(index: Tensor, count: Tensor, key_blocks: int) -> tuple[Tens
 
 def order_of(count: Tensor) -> Tensor:
     """Order (B * H * Mq,) int32 in which to run the tiles of count (B, H, Mq), as in BlockMask."""
-    B, H, Mq = count.shape
-    order = torch.empty(B * H * Mq, dtype=torch.int32, device=count.device)
-    if order.numel():
-        heads, groups = head_groups(B * H, Mq, count.device)
-        last = (B * H - (groups - 1) * heads) * Mq  # the longest group
+    tiles = count.numel()
+    order = torch.empty(tiles, dtype=torch.int32, device=count.device)
+    if tiles:
+        each, groups = waves(tiles, count.device)
+        last = tiles - (groups - 1) * each  # the longest group
         with torch.cuda.device_of(count):
-            _rank[(triton.cdiv(last, 32), groups)](count, order, heads * Mq, B * H * Mq, T=32, N=128)
+            _rank[(triton.cdiv(last, 32), groups)](count, order, each, tiles, T=32, N=128)
     return order
 
 

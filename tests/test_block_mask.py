@@ -24,21 +24,21 @@ def test_lists_and_back(B, H, Mq, Mk, density, seed):
         assert (row[:count].diff() > 0).all()
 
 
-@pytest.mark.parametrize("B, H, Mq, heads", [(1, 12, 66, [2, 2, 2, 2, 4]), (3, 3, 50, [3, 6]),
-                                             (1, 3, 150, [1, 2]), (1, 7, 66, [2, 2, 3]), (1, 1, 5, [1]),
-                                             (2, 2, 1, [4])], ids=str)
-def test_order_takes_head_groups_in_turn(B, H, Mq, heads):
+@pytest.mark.parametrize("B, H, Mq, groups", [(1, 12, 66, [132, 132, 132, 132, 264]), (3, 3, 50, [132, 132, 186]),
+                                              (1, 1, 300, [132, 168]), (1, 7, 66, [132, 132, 198]), (1, 1, 5, [5]),
+                                              (2, 2, 1, [4]), (1, 2, 66, [132]), (1, 4, 66, [264])], ids=str)
+def test_order_takes_neighbours_in_turn(B, H, Mq, groups):
     """Inside a group the longest lists come first, equal ones by their number."""
     mask = BlockMask.from_dense(torch.rand(B, H, Mq, 20) < torch.rand(B, H, Mq, 1))
-    group = torch.arange(len(heads)).repeat_interleave(torch.tensor(heads) * Mq).tolist()
+    group = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups)).tolist()
     count = mask.count.flatten().tolist()
     wanted = sorted(range(B * H * Mq), key=lambda tile: (group[tile], -count[tile], tile))
     assert mask.order.dtype == torch.int32 and mask.order.tolist() == wanted
 
 
-def test_a_larger_gpu_takes_more_heads_at_a_time(monkeypatch):
+def test_a_larger_gpu_takes_more_at_a_time(monkeypatch):
     monkeypatch.setattr(block_mask, "PROCESSORS", 148)
-    assert block_mask.head_groups(12, 66, torch.device("cpu")) == (3, 3)
+    assert block_mask.waves(792, torch.device("cpu")) == (148, 5)
 
 
 def test_operators_are_registered_right():
