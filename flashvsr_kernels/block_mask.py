@@ -57,12 +57,12 @@ class BlockMask:
 
 
 def waves(tiles: int, device: torch.device) -> tuple[int, int]:
-    """How order takes the tiles, by their number: as many as the GPU runs at once, and in how many such groups.
+    """How order takes the tiles, by their number: as many as the GPU runs at once, and in how many groups.
 
     Neighbours that start together share keys and values, and longest first keeps them in step: a simulated L2
-    cache misses .12 of a 2048x3840 picture's blocks so, .50 with whole heads sorted, .43 unsorted. The last two
-    groups are one, which leaves more short lists to even out the finish; on an H100 with 12 heads of 66 blocks
-    (2, 2, 2, 2 and 4 heads) it was the fastest of the orders measured.
+    cache misses .12 of a 2048x3840 picture's blocks so, .50 with whole heads sorted, .43 unsorted. The last
+    two groups are one, which leaves more short lists to even out the finish; on an H100 with 12 heads of 66
+    blocks (2, 2, 2, 2 and 4 heads) it was the fastest of the orders measured.
     """
     processors = PROCESSORS
     if device.type == "cuda":

@@ -17,8 +17,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        bf16 or fp16; on a CPU also float32 and float64. The last block of queries or keys may be partial.
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
-    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), "cuda" (CUDA C++, sm_80 up), all three bf16 and fp16;
-       "cpu" (C++); "reference" (PyTorch); None for the first of them that can run the call
+    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), "cuda" (CUDA C++, sm_80 up), all three bf16 and
+       fp16; "cpu" (C++); "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
     (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
@@ -53,8 +53,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
     return (out, lse) if return_lse else out
 
 
-# Implementations take (q, k, v, index, count, order, scale) and return (out, lse). Kernel modules are imported when
-# they first run: Triton is optional, and takes a second to import.
+# Implementations take (q, k, v, index, count, order, scale) and return (out, lse). Kernel modules are
+# imported when they first run: Triton is optional, and takes a second to import.
 
 def _run_reference(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
                    scale: float) -> tuple[Tensor, Tensor]:
@@ -120,10 +120,11 @@ register("sparse_attn", Backend("hopper", _run_hopper, _hopper_available, _align
          Backend("cpu", _run_cpu, _native.available, _cpu_supports),
          Backend("reference", _run_reference))
 
-_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, Tensor order, float scale, "
-            "str? backend) -> (Tensor, Tensor)")
-_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor index, "
-            "Tensor count, Tensor order, float scale, str? backend) -> (Tensor, Tensor, Tensor)")
+_lib.define("sparse_attn(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, Tensor order, "
+            "float scale, str? backend) -> (Tensor, Tensor)")
+_lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+            "Tensor index, Tensor count, Tensor order, float scale, str? backend) "
+            "-> (Tensor, Tensor, Tensor)")
 
 
 @torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
@@ -158,8 +159,8 @@ register("sparse_attn_backward", Backend("hopper", _backward_hopper, _hopper_ava
 
 @torch.library.impl(_lib, "sparse_attn_backward", "CompositeExplicitAutograd")
 def _backward(grad, q, k, v, out, lse, index, count, order, scale, backend):
-    return pick("sparse_attn_backward", backend, q, k, v, scale).run(grad, q, k, v, out, lse, index, count, order,
-                                                                     scale)
+    return pick("sparse_attn_backward", backend, q, k, v, scale).run(grad, q, k, v, out, lse, index, count,
+                                                                     order, scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn_backward", lib=_lib)

@@ -83,8 +83,8 @@ def prepare(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     rows = -(-Lq // BLOCK) * BLOCK
     delta, lse2 = (torch.empty(B * H, rows, dtype=torch.float32, device=grad.device) for _ in range(2))
     with torch.cuda.device_of(grad):
-        _prepare[(rows // 32, B * H)](grad, out, lse, delta, lse2, *grad.stride()[:3], *out.stride()[:3], H, Lq, D,
-                                      ROWS=32)
+        _prepare[(rows // 32, B * H)](grad, out, lse, delta, lse2, *grad.stride()[:3], *out.stride()[:3], H,
+                                      Lq, D, ROWS=32)
     return delta, lse2
 
 

@@ -5,15 +5,17 @@ shared memory by TMA; two consumer warpgroups of 64 query rows each take turns a
 multiplies, the other computes its exponentials. Inside a warpgroup the product P V of the block before runs
 under the softmax of the current one.
 
-bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange between
-lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum, unless
+bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange
+between lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum,
+unless
   - a row's sum passes 2^60, or a sum of products is not finite;
   - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
-  - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running maximum, is
-    rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
-Then the program runs its block again with the running maximum, at the price of twice the time for this block. fp16
-has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a stream the
-newest keys, the likeliest to weigh most, come first; and the block that may be partial is the first too.
+  - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running
+    maximum, is rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
+Then the program runs its block again with the running maximum, at the price of twice the time for this block.
+fp16 has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a
+stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
+first too.
 
 Ideas: ping-pong of warpgroups and overlapped P V from FlashAttention-3 (arXiv 2407.08608). The fixed maximum,
 named barriers instead of mbarriers to free ring slots and sums kept per lane were found by experiment.
@@ -36,8 +38,8 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; turns of the consumers 14 and 15.
-# Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the consumers.
+# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; turns of the consumers 14 and
+# 15. Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the consumers.
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(10)
 
@@ -51,8 +53,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     half, whole = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D]
     with torch.cuda.device_of(q):
         kernel[(B * H * Mq,)](_descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole),
-                              _descriptor(out, half), lse, index, count, order, scale * math.log2(math.e), Lq, Lk, H,
-                              Mq, cap, **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
+                              _descriptor(out, half), lse, index, count, order, scale * math.log2(math.e), Lq,
+                              Lk, H, Mq, cap, **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
     return out, lse
 
 
@@ -63,9 +65,10 @@ def config(bf16: bool, partial: bool) -> dict[str, int | bool]:
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     # The stride of a dimension of one element is never used, but TMA wants it aligned.
     strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:3], x.stride())] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor(x, list(x.shape), strides, block, layout)
 
 
 @gluon.jit
@@ -76,16 +79,16 @@ def _barrier(instruction: gl.constexpr):
 @gluon.jit
 def _free(first: gl.constexpr, step):
     """A consumer is done with its slot. mbarrier.arrive would synchronise the warpgroup first."""
-    gl.inline_asm_elementwise("bar.arrive $1, 288; mov.u32 $0, 0;", "=r,r", [first + (step & 1)], dtype=gl.int32,
-                              is_pure=False, pack=1)
+    gl.inline_asm_elementwise("bar.arrive $1, 288; mov.u32 $0, 0;", "=r,r", [first + (step & 1)],
+                              dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _fetch(desc, batch, block, head, step, ring, full, free: gl.constexpr):
     """The producer waits for both consumers to free the slot, then asks for a block."""
     if step >= 2:  # both slots begin free
-        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [free + (step & 1)], dtype=gl.int32,
-                                  is_pure=False, pack=1)
+        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [free + (step & 1)],
+                                  dtype=gl.int32, is_pure=False, pack=1)
     mbarrier.expect(full.index(step & 1), 128 * desc.block_shape[3] * 2)
     _load(desc, [batch, block * 128, head, 0], full.index(step & 1), ring.index(step & 1))
 
@@ -133,8 +136,8 @@ def _row_sums(p):
 @gluon.jit
 def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX: gl.constexpr,
             PARTIAL: gl.constexpr):
-    """A consumer's pass over the list: sums of p v (64, D) and of p (64,), the largest of the four lanes' shares of the
-    latter, and the maximum (64,), of all scores or of the first block's, times c.
+    """A consumer's pass over the list: sums of p v (64, D) and of p (64,), the largest of the lanes' shares
+    of the latter, and the maximum (64,), of all scores or of the first block's, times c.
 
     edge: keys of the block that comes first    step: blocks that went through the ring before
     """
@@ -142,7 +145,8 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])  # of scores
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])    # of the result
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    MY_TURN: gl.constexpr = "bar.sync 14, 256; mov.u32 $0, 0;" if W == 0 else "bar.sync 15, 256; mov.u32 $0, 0;"
+    MY_TURN: gl.constexpr = ("bar.sync 14, 256; mov.u32 $0, 0;" if W == 0 else
+                             "bar.sync 15, 256; mov.u32 $0, 0;")
     YOUR_TURN: gl.constexpr = ("bar.arrive 15, 256; mov.u32 $0, 0;" if W == 0 else
                                "bar.arrive 14, 256; mov.u32 $0, 0;")
     zero = gl.full([64, 128], 0.0, gl.float32, S)
@@ -201,8 +205,8 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
 
 
 @gluon.jit
-def _consumer(W: gl.constexpr, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
-              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+def _consumer(W: gl.constexpr, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring,
+              v_ring, q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = out_desc.block_shape[3]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     R: gl.constexpr = gl.SliceLayout(1, O)
@@ -259,10 +263,10 @@ def kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c, Lq, Lk
     mbarrier.init(judged, count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (_consumer, (0, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
-        (_consumer, (1, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_consumer, (0, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
+                     q_full, k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_consumer, (1, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
+                     q_full, k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
         (_producer, (q_desc, k_desc, v_desc, index, count, order, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
                      k_full, v_full, bad, judged, FIXED_MAX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

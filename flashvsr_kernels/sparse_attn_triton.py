@@ -16,8 +16,8 @@ def config(capability: int, D: int) -> dict[str, int]:
     capability: 80 and more, 90 for 9.0    D: 64 or 128
     Returns tile_n (keys of a step, a divisor of 128), num_warps, num_stages (K and V tiles in shared memory)
     and lanes (columns of the row sum that are added up only at the end).
-    On an H100 64 keys a step beat 128 by a tenth, 8 warps 4 by a third, and a third stage gives 4 %. The others
-    are chosen from what the compiler makes for 80, 86, 89, 100 and 120.
+    On an H100 64 keys a step beat 128 by a tenth, 8 warps 4 by a third, and a third stage gives 4 %. The
+    others are chosen from what the compiler makes for 80, 86, 89, 100 and 120.
     """
     if capability // 10 == 10:  # a thread holds half a row of scores here: its sum needs no shuffles anyway
         return {"tile_n": 128, "num_warps": 8, "num_stages": 3, "lanes": 1}
