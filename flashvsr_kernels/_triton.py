@@ -20,6 +20,14 @@ def available() -> str | None:
     return None
 
 
+def hopper_available() -> str | None:
+    """As available, for kernels that only Hopper can run."""
+    reason = available()
+    if reason is None and capability() != 90:
+        reason = f"needs compute capability 9.0, {torch.cuda.get_device_name()} has another"
+    return reason
+
+
 def capability() -> int:
     """Compute capability of the current GPU as one number, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability()

@@ -19,15 +19,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
-
-from .block_mask import BLOCK
 
 # Bytes of shared memory that a thread block may ask for, by compute capability (CUDA programming guide).
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -35,9 +31,6 @@ REGISTERS = 65_536   # of a multiprocessor, so of a thread block
 TENSOR_MEMORY = 512  # columns of a multiprocessor
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync.aligned.m",
                 "tma": "cp.async.bulk.tensor", "cp.async": "cp.async.c"}  # and how the PTX has them
-CALLS = (("bf16 D 128", torch.bfloat16, 128, 8448, 33792), ("fp16 D 128", torch.float16, 128, 8448, 33792),
-         ("bf16 D 64", torch.bfloat16, 64, 8448, 33792), ("fp16 D 64", torch.float16, 64, 8448, 33792),
-         ("bf16 D 128, partial blocks", torch.bfloat16, 128, 8447, 33791))
 
 
 @dataclass(frozen=True)
@@ -91,47 +84,8 @@ class Failure:
         return [self.message]
 
 
-def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Name and call of each launcher, at the size the model runs most: 12 heads, 8448 queries, 33792 keys."""
-    for what, dtype, D, Lq, Lk in CALLS:
-        q, k = (meta(dtype, 1, L, 12, D) for L in (Lq, Lk))
-        lists, lse = _lists(-(-Lq // BLOCK), -(-Lk // BLOCK)), meta(torch.float32, 1, 12, Lq)
-        forward, backward = (q, k, k, *lists, D ** -0.5), (q, q, k, k, q, lse, *lists, D ** -0.5)
-        yield f"forward {what}", partial(_launch, "sparse_attn_triton", "forward", *forward)
-        yield f"backward {what}", partial(_launch, "sparse_attn_backward", "backward", *backward)
-        if arch == 90:
-            yield f"hopper {what}", partial(_launch, "sparse_attn_hopper", "forward", *forward)
-            yield f"hopper backward {what}", partial(_launch, "sparse_attn_backward_hopper", "backward", *backward)
-    index, count = _lists(66, 264)[:2]
-    for dtype, S, slices, D in ((torch.bfloat16, 66, 1, 128), (torch.bfloat16, 66, 3, 64), (torch.bfloat16, 480, 1, 128),
-                                (torch.float16, 66, 1, 128), (torch.float32, 66, 1, 128)):
-        means, local = [meta(dtype, 1, 12, n * S, D) for n in (slices, 4)], meta(torch.bool, S, S)
-        yield (f"selection {dtype} {slices * S}x{4 * S} D {D}",
-               partial(_launch, "block_mask_triton", "lcsa_mask", *means, local, slices, 120 * S))
-    yield "lists", partial(_launch, "block_mask_triton", "block_lists", meta(torch.bool, 1, 12, 66, 264))
-    yield "transposed lists", partial(_launch, "block_mask_triton", "transpose_lists", index, count, 264)
-
-
-def _launch(module: str, function: str, *arguments: object) -> None:
-    getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
-
-
-class _Tensor(Tensor):
-    """A meta tensor that launchers take for one on the GPU."""
-    is_cuda = True
-
-
-def meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor for launches: shape and strides, no memory."""
-    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(_Tensor)
-
-
-def _lists(Mq: int, Mk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """index, count and order of 12 heads."""
-    return meta(torch.int32, 1, 12, Mq, Mk), meta(torch.int32, 1, 12, Mq), meta(torch.int32, 12 * Mq)
-
-
-def compiled(archs: list[int], source: str = "flashvsr_kernels.aot:launches") -> list[Kernel | Failure]:
+def compiled(archs: list[int],
+             source: str = "flashvsr_kernels.aot_launches:launches") -> list[Kernel | Failure]:
     """What came of each launch on each architecture; as many architectures at a time as there are processors.
 
     archs: keys of SHARED    source: "module:function" that yields what to launch, as launches does

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashvsr_kernels import (gated_add, layer_norm_modulate, lcsa_mask, qk_norm_rope, raster_order,
-                              rms_norm, sparse_attn, window_order)
+from flashvsr_kernels import (gated_add, layer_norm_modulate, lcsa_mask, qk_norm_rope, rms_norm, sparse_attn,
+                              window_order)
 
 from .config import FlashVSRConfig
 from .state import KVRing
@@ -49,16 +49,14 @@ class Block(nn.Module):
 
     def self_attention(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor,
                        topk: int) -> Tensor:
-        grid = tuple(t.shape[0] for t in tables)
         q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, -1)
         k_slot, v_slot = kv.slot(self.layer)
         q, q_mean = qk_norm_rope(q, self.norm_q, tables, self.head_dim, eps=EPS)
         k, k_mean = qk_norm_rope(k, self.norm_k, tables, self.head_dim, eps=EPS, out=k_slot)
-        v = window_order(v, grid, out=v_slot).view(k.shape)
+        v = v.view(k.shape) if v_slot is None else v_slot.copy_(v.view(k.shape))
         k, v, k_mean = kv.append(self.layer, k, v, k_mean)
-        mask = lcsa_mask(q_mean, k_mean, local, slices=grid[0] // 2, topk=topk)
-        y = raster_order(sparse_attn(q, k, v, mask).flatten(2), grid)
-        return F.linear(y, self.o_weight, self.o_bias)
+        mask = lcsa_mask(q_mean, k_mean, local, slices=len(tables[0]) // 2, topk=topk)
+        return F.linear(sparse_attn(q, k, v, mask).flatten(2), self.o_weight, self.o_bias)
 
     def cross_attention(self, x: Tensor) -> Tensor:
         q = rms_norm(F.linear(x, self.cross_q_weight, self.cross_q_bias), self.cross_norm_q, eps=EPS)
@@ -86,10 +84,13 @@ class DiT(nn.Module):
         local: bool (S, S), blocks within the window    topk: budget of block pairs for a head and query slice
         """
         B, C, f, H, W = latent.shape
-        x = latent.view(B, C, f, H // 2, 2, W // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, 4 * C)
-        x = F.linear(x, self.patch_weight, self.patch_bias) + lq
+        # Tokens stay in window order from here to the head: only attention cares, and it wants them so.
+        x = latent.view(B, C, f // 2, 2, H // 16, 8, 2, W // 16, 8, 2).permute(0, 2, 4, 7, 3, 5, 8, 1, 6, 9)
+        x = F.linear(x.reshape(B, -1, 4 * C), self.patch_weight, self.patch_bias)
+        x = x + window_order(lq, (f, H // 2, W // 2))
         for block in self.blocks:
             x = block(x, tables, kv, local, topk)
         shift, scale = self.head_modulation
         x = F.linear(layer_norm_modulate(x, scale, shift, eps=EPS), self.head_weight, self.head_bias)
-        return x.view(B, f, H // 2, W // 2, 2, 2, C).permute(0, 6, 1, 2, 4, 3, 5).reshape(B, C, f, H, W)
+        x = x.view(B, f // 2, H // 16, W // 16, 2, 8, 8, 2, 2, C).permute(0, 9, 1, 4, 2, 5, 7, 3, 6, 8)
+        return x.reshape(B, C, f, H, W)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvsr_kernels import rms_norm
+from flashvsr_kernels import fold_upsample, rms_norm
 
 from .config import LATENT_FRAMES, PATCH, FlashVSRConfig
 
@@ -120,7 +120,9 @@ def fuse_lq(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fuse_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State of decoder.Decoder: the official numbering becomes names."""
+    """State of decoder.Decoder: the official numbering becomes names; growth in time, nearest enlargement and the
+    convolution behind them become one set of weights, computed in float32. Differentiable.
+    """
     def take(name: str) -> Tensor:
         return tensors[f"decoder.decoder.{name}"]
     fused = {"in_weight": take("1.weight"), "in_bias": take("1.bias"), "mid_weight": take("3.weight"),
@@ -130,6 +132,5 @@ def fuse_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for k in range(3):
                 fused[f"stages.{i}.memory.{j}.weight{k + 1}"] = take(f"{first + j}.conv.{2 * k}.weight")
                 fused[f"stages.{i}.memory.{j}.bias{k + 1}"] = take(f"{first + j}.conv.{2 * k}.bias")
-        fused[f"stages.{i}.grow_weight"] = take(f"{grow}.conv.weight").flatten(1)
-        fused[f"stages.{i}.weight"] = take(f"{conv}.weight")
+        fused[f"stages.{i}.folded"] = fold_upsample(take(f"{conv}.weight"), take(f"{grow}.conv.weight").flatten(1))
     return fused

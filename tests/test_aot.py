@@ -38,12 +38,15 @@ def test_compiles_fits_and_does_not_spill(found, arch):
 @pytest.mark.parametrize("arch", aot.SHARED)
 def test_every_op_has_kernels(found, arch):
     ops = {one.launch.split()[0] for one in kernels(found, arch)}
-    assert ops - {"hopper"} == {"forward", "backward", "selection", "lists", "transposed"}
+    assert ops - {"hopper"} == {"forward", "backward", "selection", "lists", "transposed", "conv3x3", "conv3d",
+                                "enlarge", "rgb_conv", "adain_uint8", "rms_norm", "layer_norm_modulate", "gated_add",
+                                "gated_add_norm", "qk_norm_rope", "qkv_norm_rope"}
     assert ("hopper" in ops) == (arch == 90)
 
 
 @pytest.mark.parametrize("launch, names", [("hopper", {"kernel", "dkv_kernel", "dq_kernel"}),
-                                           ("hopper backward", {"dkv_kernel", "dq_kernel"})])
+                                           ("hopper backward", {"dkv_kernel", "dq_kernel"}),
+                                           ("hopper conv3x3", {"kernel"}), ("hopper conv3d", {"kernel"})])
 def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
     used = [one for one in kernels(found, 90, launch) if one.name in names]
     assert {one.name for one in used} == names
@@ -51,7 +54,7 @@ def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
         assert {"wgmma", "tma"} <= set(one.instructions), one
 
 
-@pytest.mark.parametrize("launch", ["forward", "backward"])
+@pytest.mark.parametrize("launch", ["forward", "backward", "conv3x3 128", "conv3x3 784", "conv3d 768"])
 @pytest.mark.parametrize("arch, multiply", [(80, "mma"), (86, "mma"), (89, "mma"), (90, "wgmma"),
                                             (100, "tcgen05"), (120, "mma")])
 def test_tensor_cores_are_fed_asynchronously(found, arch, multiply, launch):
@@ -70,10 +73,10 @@ def test_real_launches_are_the_compiled_ones(found, tmp_path):
         pytest.skip(f"sm_{arch} is not one that is compiled for")
     program = f"""if True:
         import torch, triton
-        from flashvsr_kernels import aot
+        from flashvsr_kernels import aot_launches
         triton.knobs.cache.dir = {str(tmp_path)!r}
-        aot.meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device="cuda")
-        for _, call in aot.launches({arch}):
+        aot_launches.meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device="cuda")
+        for _, call in aot_launches.launches({arch}):
             call()
         torch.cuda.synchronize()"""
     subprocess.run([sys.executable, "-c", program], check=True)

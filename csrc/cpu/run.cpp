@@ -1,13 +1,11 @@
 // Chooses the build of the kernel for this processor and shares its tasks among workers.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
 #include "sparse_attn.h"
+#include "workers.h"
 
 namespace flashvsr {
 
@@ -31,33 +29,6 @@ const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, const char* isa) {
       if (const SparseAttnCpu* kernels = build.kernels(dtype)) return kernels;
   return nullptr;
 }
-
-namespace {
-
-struct Aligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<void, Aligned>;
-Buffer buffer(size_t bytes) { return Buffer(::operator new(bytes, std::align_val_t(64))); }
-
-// task(n, worker) for each n below tasks, handed out in order to whichever worker is free.
-template <class Task>
-void share(const Workers& workers, int64_t tasks, const Task& task) {
-  struct Context {
-    std::atomic<int64_t> next{0};
-    int64_t tasks;
-    const Task& task;
-  } context{{0}, tasks, task};
-  workers.run(
-      workers.count,
-      [](void* p, int worker) {
-        Context& c = *static_cast<Context*>(p);
-        for (int64_t n; (n = c.next++) < c.tasks;) c.task(n, worker);
-      },
-      &context);
-}
-
-}  // namespace
 
 // Heads are packed and served in groups, so that packed keys and values stay small beside the tensors
 // themselves while each group has enough query blocks (longest list first) for all workers to finish

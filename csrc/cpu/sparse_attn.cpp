@@ -1,11 +1,12 @@
 // Block-sparse attention for one instruction set. setup.py compiles this file once for each, with its flags
-// and with FLASHVSR_SPARSE_ATTN naming the result. Vectors are the compilers' vector extension, so that one
-// source serves SSE, AVX2, AVX-512 and NEON. No C++ library header: an inline function of one, compiled here
-// for AVX-512, could be the copy that the linker keeps for everybody.
+// and with FLASHVSR_SPARSE_ATTN naming the result. No C++ library header: an inline function of one, compiled
+// here for AVX-512, could be the copy that the linker keeps for everybody.
 #include "sparse_attn.h"
 
 #include <math.h>
 #include <string.h>
+
+#include "vectors.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -15,50 +16,7 @@ namespace {
 
 // A register tile is kRows query rows by kVectors vectors: as many sums as hide the latency of a multiply-add
 // while they, the operand vectors and a broadcast still fit the registers.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 8, kVectors = 2;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 6, kVectors = 2;
-#else
-constexpr int kVectorBytes = 16, kRows = 4, kVectors = 2;
-#endif
-
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int kLanes = kVectorBytes / int(sizeof(T));
-
-template <class T>
-inline Vector<T>& at(T* p) {
-  return *(Vector<T>*)p;
-}
-template <class T>
-inline const Vector<T>& at(const T* p) {
-  return *(const Vector<T>*)p;
-}
-
-struct Bf16 {
-  uint16_t bits;
-};
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-inline void narrow(float x, float* y) { *y = x; }
-inline void narrow(double x, double* y) { *y = x; }
-inline void narrow(float x, Bf16* y) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  y->bits = x == x ? uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
-}
+constexpr int kRows = kVectorBytes == 64 ? 8 : kVectorBytes == 32 ? 6 : 4, kVectors = 2;
 
 // 2**x for x <= 0, within 1 ulp: the integer part goes to the exponent, the rest through a minimax polynomial
 // (relative error 2e-9 on [-1/2, 1/2]). Below -126 the result stays near 2**-126; NaN stays NaN.

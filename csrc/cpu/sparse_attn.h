@@ -27,12 +27,7 @@ const SparseAttnCpu* sparse_attn_avx512bf16(DType);
 // none.
 const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, const char* isa);
 
-// Calls body(context, worker) once for each worker below count, on as many threads as there are to have.
-struct Workers {
-  int count;
-  void (*run)(int count, void (*body)(void* context, int worker), void* context);
-};
-
+struct Workers;
 void run_sparse_attn_cpu(const SparseAttnParams&, const SparseAttnCpu&, const Workers&);
 
 }  // namespace flashvsr

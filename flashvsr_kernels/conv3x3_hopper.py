@@ -1,0 +1,350 @@
+"""The decoder's convolutions for Hopper (sm_90), in Gluon: implicit GEMM, TMA, wgmma and specialised warps.
+
+Programs stay on their multiprocessor and serve tiles of 256 pixels by 128 (or 64) channels in turn. One
+producer warp streams 64 input channels at a time, of the tile's pixels and of each tap's weights, through two
+rings in shared memory; two consumer warpgroups multiply 128 pixels each and hand the result to TMA through a
+staging buffer, where the residual has been waiting since the middle of the sum. A pixel enters shared memory
+once for several taps: these are views of the ring, shifted by whole pixels, that is by 128 bytes. Tiles have
+two shapes, to fit pictures of any size; both add up in the same order and give the same bits.
+  wide    4 x 64 pixels, in rows of 72 (64 and TMA's smallest box of 8): all taps are views of one stage
+  square  16 x 16 pixels: a stage serves one column of taps, its rows of 16 pixels stand one behind the other
+What lies outside a picture is read as zeros and not stored. So the border needs no other care, nor do
+pictures that the tiles do not divide, nor input channels that 64 does not divide.
+
+Who may touch what, when:
+  Rings are the asynchronous proxy's alone: TMA writes, wgmma reads, so there is nothing to fence. A slot is
+  read once its mbarrier has counted all bytes. It is freed when the products that read it are complete: they
+  complete in order, and only those of the last tap may be running. Each thread arrives at the slot's named
+  barrier behind its own wait, so that no warp speaks for another, and the producer refills a slot when all
+  256 threads have arrived. Nobody arrives twice before that: the next use of the slot is the refilled one.
+  The staging buffer is written and read by threads and by TMA. Threads fence behind their writes, then meet,
+  then one starts the store. Before anybody writes there again, a thread or TMA with the residual, the thread
+  that started the store has waited until TMA has read, and all have met.
+  Every mbarrier that is initialised is used to the end: Triton gives the memory of others to the rings, and
+  PTX leaves undefined what a living mbarrier does in memory that has another use.
+"""
+import math
+
+import torch
+from torch import Tensor
+from triton import cdiv
+from triton import language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+MULTIPROCESSORS = 132                    # of an H100 or H200, for the choice of tiles
+CONSUMER_REGISTERS = gl.constexpr(232)   # of a thread; 65536 in all
+PRODUCER_REGISTERS = gl.constexpr(40)    # with 24 it spills
+
+# Triton 3.8 brought the new names, 3.9 dropped the old; 3.7 renamed the barrier of a partition's threads.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_meet = getattr(gl, "thread_barrier", None) or gl.barrier
+
+# Named barriers: slots of weights free from 8 on, stages of pixels from 12 on. Triton itself uses the low
+# numbers. 288 threads are both consumers and the producer.
+WEIGHTS_FREE = gl.constexpr(8)
+PIXELS_FREE = gl.constexpr(12)
+
+
+def supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    """None if conv3x3 or upsample_conv can run contiguous tensors like these, else the reason in one line.
+
+    weight: (O, C, 3, 3), channels last, or folded (T, 2, 2, O, 2, 2, C)    others: past, residual
+    """
+    C, O = x.shape[3], weight.shape[0 if weight.ndim == 4 else 3]
+    if not x.numel():
+        return f"x is empty: {tuple(x.shape)}"
+    if C % 8:
+        return f"x must have a multiple of 8 channels, for pixels of 16-byte pieces, has {C}"
+    if O % 64:
+        return f"the output must have a multiple of 64 channels, has {O}"
+    if any(y is not None and y.data_ptr() % 16 for y in (x, weight, *others)):
+        return "tensors must begin at a multiple of 16 bytes"
+    return None
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: Tensor | None,
+            relu: bool) -> Tensor:
+    """As the public conv3x3. Input channels count as if rounded up to 64: 784 cost as much as 832."""
+    O = weight.shape[0]
+    out = torch.empty((*x.shape[:3], O), dtype=x.dtype, device=x.device)
+    taps = weight.permute(0, 2, 3, 1).reshape(O, 9, -1)
+    _launch(x, taps, out.unsqueeze(2), bias, past, residual, relu)
+    return out
+
+
+def upsample_conv(x: Tensor, folded: Tensor) -> Tensor:
+    """As the public upsample_conv."""
+    (N, H, W, C), (T, _, _, O) = x.shape, folded.shape[:4]
+    out = torch.empty((N * T, 2 * H, 2 * W, O), dtype=x.dtype, device=x.device)
+    _launch(x, folded.view(-1, 4, C), out.view(N * T, H, 2, W, 2 * O), None, None, None, False)
+    return out
+
+
+def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: Tensor | None,
+            residual: Tensor | None, relu: bool) -> None:
+    """weight: (sets * O, taps, channels), a set for each step in time and phase
+    out: (pictures, H, phases in y, W, phases in x * O)
+    """
+    (N, H, W, C), (rows, taps, _), phases = x.shape, weight.shape, out.shape[2]
+    O, side = out.shape[4] // phases, math.isqrt(taps)
+    block = 128 if O % 128 == 0 else 64
+    wide = prefers_wide(N, H, W, rows // block)
+    h, w = (4, 64) if wide else (16, 16)
+    across, down = cdiv(W, w), cdiv(H, h)
+    tiles = N * down * across * (rows // block)
+    # Boxes are powers of two: a stage is filled by them and by 8 pixels to the right or the rows below.
+    body, rest = ([1, 1, 64, 64], [1, 1, 8, 64]) if wide else ([1, 16, 16, 64], [1, side - 1, 16, 64])
+    pixels = [None if y is None else _descriptor(y, box) for y in (x, past) for box in (body, rest)]
+    half = h // 4, w  # 64 pixels, what one wgmma takes
+    with torch.cuda.device_of(x):
+        kernel[lambda _: (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)](
+            *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, [1, half[0], 1, half[1], block]),
+            None if residual is None else _descriptor(residual, [1, *half, block]), bias, tiles,
+            rows // block, O // block, across, down, C, RELU=relu, num_warps=4,
+            **config(wide, side, residual is not None))
+
+
+def prefers_wide(N: int, H: int, W: int, columns: int) -> bool:
+    """Whether tiles of 4 x 64 pixels need no more rounds of all multiprocessors than those of 16 x 16.
+
+    columns: tiles of one place
+    """
+    def rounds(height: int, width: int) -> int:
+        return cdiv(N * cdiv(H, height) * cdiv(W, width) * columns, MULTIPROCESSORS)
+    return rounds(4, 64) <= rounds(16, 16)
+
+
+def config(wide: bool, side: int, residual: bool) -> dict[str, int]:
+    """The kernel's constants: SIDE of the square of taps, 3 or 2, STAGES of pixels, SLOTS for weights, and
+    HALVES of a consumer's pixels that the staging buffer holds.
+    """
+    if wide and side == 3:  # 110,592 bytes of pixels leave no room for both 4 slots and a whole buffer
+        return dict(SIDE=side, STAGES=2, SLOTS=3 if residual else 4, HALVES=2 if residual else 1)
+    return dict(SIDE=side, STAGES=2, SLOTS=4, HALVES=2)
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    # x is contiguous, but may have any stride in a dimension of one element; TMA wants it aligned.
+    strides = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), strides, block, layout)
+
+
+@gluon.jit
+def _free(barrier):
+    """All threads of a consumer are done with a slot. mbarrier.arrive would synchronise them first."""
+    gl.inline_asm_elementwise("bar.arrive $1, 288; mov.u32 $0, 0;", "=r,r", [barrier], dtype=gl.int32,
+                              is_pure=False, pack=1)
+
+
+@gluon.jit
+def _wait_free(barrier, uses, slots: gl.constexpr):
+    """The producer waits for both consumers to free a slot; all slots begin free."""
+    if uses >= slots:
+        gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [barrier], dtype=gl.int32,
+                                  is_pure=False, pack=1)
+
+
+@gluon.jit
+def _tile(t, columns, panels, across, down, WIDE: gl.constexpr):
+    """Column of tile t, its set, picture, first row and first pixel. The columns of a place follow one
+    another, as they read the same pixels; panels of them are a set.
+    """
+    HEIGHT: gl.constexpr = 4 if WIDE else 16
+    WIDTH: gl.constexpr = 64 if WIDE else 16
+    column, place = t % columns, t // columns
+    return (column, column // panels, place // across // down, place // across % down * HEIGHT,
+            place % across * WIDTH)
+
+
+@gluon.jit
+def _fetch_pixels(body, rest, picture, y, x, channel, full, ring, at, SIDE: gl.constexpr, WIDE: gl.constexpr):
+    """64 channels of a stage's pixels, from row y and column x on, to the ring."""
+    for r in gl.static_range(SIDE + 3 if WIDE else 1):
+        _load(body, [picture, y + r, x, channel], full,
+              ring.index(at + r * 72)._reinterpret(body.dtype, body.block_shape, body.layout))
+        _load(rest, [picture, y + (r if WIDE else 16), x + (64 if WIDE else 0), channel], full,
+              ring.index(at + (r * 72 + 64 if WIDE else 256))._reinterpret(
+                  rest.dtype, rest.block_shape, rest.layout))
+
+
+@gluon.jit
+def _producer(x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns, panels, across, down, C,
+              x_ring, w_ring, x_full, w_full, SIDE: gl.constexpr, WIDE: gl.constexpr, PAST: gl.constexpr):
+    STAGES: gl.constexpr = x_full.shape[0]
+    SLOTS: gl.constexpr = w_full.shape[0]
+    STAGE: gl.constexpr = x_ring.shape[0] // STAGES
+    BLOCK: gl.constexpr = w_ring.shape[1]
+    LOADS: gl.constexpr = 1 if WIDE else SIDE  # stages for 64 channels
+    own = (C + 63) // 64
+    chunks = own
+    if PAST:
+        chunks = 2 * own
+    stages = 0
+    slots = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        column, of_set, picture, y, x = _tile(t, columns, panels, across, down, WIDE)
+        y -= 1
+        x -= 1
+        if SIDE == 2:
+            y += of_set >> 1 & 1
+            x += of_set & 1
+        for c in range(chunks):
+            # With x's last channels come past's first weights, if 64 does not divide C: they meet zeros.
+            channel = gl.where(c < own, c * 64, C + (c - own) * 64)
+            for dx in range(LOADS):
+                stage = stages % STAGES
+                full, at = x_full.index(stage), stage * STAGE
+                _wait_free(PIXELS_FREE + stage, stages, STAGES)
+                mbarrier.expect(full, STAGE * 128)
+                if not PAST:
+                    _fetch_pixels(x_body, x_rest, picture, y, x + dx, c * 64, full, x_ring, at, SIDE, WIDE)
+                elif c < own:
+                    _fetch_pixels(x_body, x_rest, picture, y, x + dx, c * 64, full, x_ring, at, SIDE, WIDE)
+                else:
+                    _fetch_pixels(past_body, past_rest, picture, y, x + dx, (c - own) * 64, full, x_ring, at,
+                                  SIDE, WIDE)
+                stages += 1
+                for i in range(SIDE * SIDE // LOADS):
+                    slot = slots % SLOTS
+                    tap = i % SIDE * SIDE + i // SIDE + dx  # a column of taps after another, in both shapes
+                    _wait_free(WEIGHTS_FREE + slot, slots, SLOTS)
+                    mbarrier.expect(w_full.index(slot), BLOCK * 128)
+                    _load(weight_desc, [column * BLOCK, tap, channel], w_full.index(slot), w_ring.index(slot))
+                    slots += 1
+
+
+@gluon.jit
+def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks,
+              x_ring, w_ring, staging, x_full, w_full, residual_full, SIDE: gl.constexpr, WIDE: gl.constexpr,
+              BIAS: gl.constexpr, RESIDUAL: gl.constexpr, RELU: gl.constexpr):
+    STAGES: gl.constexpr = x_full.shape[0]
+    SLOTS: gl.constexpr = w_full.shape[0]
+    STAGE: gl.constexpr = x_ring.shape[0] // STAGES
+    BLOCK: gl.constexpr = w_ring.shape[1]
+    HALVES: gl.constexpr = staging.shape[0] // 2
+    LOADS: gl.constexpr = 1 if WIDE else SIDE
+    PITCH: gl.constexpr = 72 if WIDE else 16    # pixels of a row in the ring
+    ROWS: gl.constexpr = 1 if WIDE else 4       # of a half, 64 pixels
+    PIXELS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    stages = 0
+    slots = 0
+    served = 0
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        column, of_set, picture, y, x = _tile(t, columns, panels, across, down, WIDE)
+        y += W * 2 * ROWS
+        channel = column % panels * BLOCK
+        acc0 = gl.full([64, BLOCK], 0.0, gl.float32, SUMS)
+        acc1 = gl.full([64, BLOCK], 0.0, gl.float32, SUMS)
+        for i in range(chunks * LOADS):
+            if RESIDUAL:
+                if i == chunks * LOADS // 2:  # long after the last tile's store, long before the sum is there
+                    tma.store_wait(0)
+                    _meet()
+                    mbarrier.expect(residual_full.index(W), 2 * 64 * BLOCK * 2)
+                    for h in gl.static_range(2):
+                        _load(residual_desc, [picture, y + h * ROWS, x, channel], residual_full.index(W),
+                              staging.index(W * 2 + h)._reinterpret(
+                                  residual_desc.dtype, residual_desc.block_shape, residual_desc.layout))
+            stage = stages % STAGES
+            mbarrier.wait(x_full.index(stage), stages // STAGES & 1)
+            for j in gl.static_range(SIDE * SIDE // LOADS):
+                at = stage * STAGE + (W * 2 * ROWS + j % SIDE) * PITCH + j // SIDE
+                upper = x_ring.index(at)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
+                lower = x_ring.index(at + ROWS * PITCH)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
+                slot = slots % SLOTS
+                mbarrier.wait(w_full.index(slot), slots // SLOTS & 1)
+                weights = w_ring.index(slot).reshape([BLOCK, 64]).permute((1, 0))
+                acc0 = warpgroup_mma(upper, weights, acc0, is_async=True)
+                acc1 = warpgroup_mma(lower, weights, acc1, is_async=True)
+                acc0, acc1 = warpgroup_mma_wait(2, deps=[acc0, acc1])
+                if j > 0:
+                    _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+                elif i > 0:
+                    _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+                    _free(PIXELS_FREE + (stages - 1) % STAGES)
+                slots += 1
+            stages += 1
+        if BIAS:  # on its way while the last products run
+            b_bias = gl.load(bias + channel + gl.arange(0, BLOCK, gl.SliceLayout(0, SUMS))).to(gl.float32)
+        acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+        _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+        _free(PIXELS_FREE + (stages - 1) % STAGES)
+        phase = 0
+        if SIDE == 2:
+            picture = picture * (columns // (4 * panels)) + (of_set >> 2)
+            phase = of_set >> 1 & 1
+            channel += (of_set & 1) * panels * BLOCK
+        if RESIDUAL:
+            mbarrier.wait(residual_full.index(W), served & 1)
+        for h in gl.static_range(2):
+            half = staging.index(W * HALVES + h % HALVES)
+            b_out = acc0 if h == 0 else acc1
+            if BIAS:
+                b_out += b_bias[None, :]
+            if RESIDUAL:
+                b_out += half.load(SUMS).to(gl.float32)
+            elif h == 0 or HALVES == 1:
+                tma.store_wait(0)
+                _meet()
+            if RELU:
+                b_out = gl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            half.store(b_out.to(half.dtype))
+            fence_async_shared()
+            _meet()
+            _store(out_desc, [picture, y + h * ROWS, phase, x, channel],
+                   half._reinterpret(out_desc.dtype, out_desc.block_shape, out_desc.layout))
+        served += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["tiles", "columns", "panels", "across", "down", "C"])
+def kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, residual_desc, bias, tiles, columns,
+           panels, across, down, C, SIDE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+           HALVES: gl.constexpr, RELU: gl.constexpr):
+    PAST: gl.constexpr = past_body is not None
+    RESIDUAL: gl.constexpr = residual_desc is not None
+    BIAS: gl.constexpr = bias is not None
+    BLOCK: gl.constexpr = weight_desc.block_shape[0]
+    WIDE: gl.constexpr = out_desc.block_shape[1] == 1
+    STAGE: gl.constexpr = (SIDE + 3) * 72 if WIDE else (SIDE + 15) * 16
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    x_ring = gl.allocate_shared_memory(x_body.dtype, [STAGES * STAGE, 1, 64], SWIZZLED)
+    w_ring = gl.allocate_shared_memory(x_body.dtype, [SLOTS, BLOCK, 1, 64], weight_desc.layout)
+    staging = gl.allocate_shared_memory(x_body.dtype, [2 * HALVES, 64, BLOCK], SWIZZLED)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(x_full.index(i), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(w_full.index(i), count=1)
+    chunks = (C + 63) // 64
+    # Partitions take no None: where there is none they get something else, and do not touch it.
+    if PAST:
+        chunks *= 2
+    else:
+        past_body, past_rest = x_body, x_rest
+    if RESIDUAL:
+        residual_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(residual_full.index(i), count=1)
+    else:
+        residual_desc, residual_full = out_desc, x_full
+    if not BIAS:
+        bias = C
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consumer, (0, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring,
+                     w_ring, staging, x_full, w_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, RELU)),
+        (_consumer, (1, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring,
+                     w_ring, staging, x_full, w_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, RELU)),
+        (_producer, (x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns, panels, across, down,
+                     C, x_ring, w_ring, x_full, w_full, SIDE, WIDE, PAST)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -1,0 +1,350 @@
+"""The Gluon convolutions for sm_90 against float64: on a GPU, and their source on a CPU, on threads. Compiled
+without a GPU, they fit, and their barriers share memory with nothing.
+"""
+import importlib
+import inspect
+import json
+import linecache
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", "3.6")
+
+from flashvsr_kernels import aot, backends, conv3x3, conv3x3_hopper, reference, upsample_conv
+from flashvsr_kernels.aot_launches import meta
+from tests import gluon_on_threads
+from tests.error_rule import check
+from tests.gluon_on_threads import Launcher
+from tests.other_work import other_work
+from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
+REFUSAL = backends()["conv3x3"]["hopper"]
+BF16, FP16 = torch.bfloat16, torch.float16
+SHAPES = {"whole tiles": (1, 16, 64, 64, 64, BF16), "odd": (2, 9, 70, 128, 128, BF16),
+          "one pixel": (3, 1, 1, 64, 64, BF16), "one row": (1, 1, 130, 64, 64, BF16),
+          "one column": (1, 41, 1, 64, 64, BF16), "784 channels": (1, 6, 5, 784, 64, BF16),
+          "40 channels": (1, 5, 7, 40, 192, BF16), "less than a round": (1, 3, 66, 8, 320, BF16),
+          "many": (2, 19, 67, 64, 128, BF16), "fp16": (1, 9, 70, 64, 128, FP16)}
+# N, H, W, C, O of a chunk at 768x1408, with past, with residual
+REAL = {"A": (4, 768, 1408, 128, 128, False, False), "A + residual": (4, 768, 1408, 128, 128, False, True),
+        "B": (4, 384, 704, 128, 128, False, True), "B past": (4, 384, 704, 128, 128, True, False),
+        "C": (2, 192, 352, 256, 256, False, True), "C past": (2, 192, 352, 256, 256, True, False),
+        "D": (2, 96, 176, 512, 512, False, True), "D past": (2, 96, 176, 512, 512, True, False),
+        "first": (2, 96, 176, 784, 512, False, False)}
+FOLDED = {"1": (2, 96, 176, 512, 256, 1), "2": (2, 192, 352, 256, 128, 2), "3": (4, 384, 704, 128, 128, 2)}
+THREADS = {late: Launcher(conv3x3_hopper, "kernel", late) for late in ("products", "copies")}
+with_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+
+
+def needs_hopper(test):
+    return pytest.mark.gpu(pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))(test))
+
+
+@pytest.fixture(params=["late products", "late copies", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if REFUSAL is not None:
+            pytest.skip(REFUSAL)
+        return "cuda"
+    monkeypatch.setattr(conv3x3_hopper, "kernel", THREADS[request.param.split()[1]])
+    return "cpu"
+
+
+@pytest.fixture(params=["wide", "square"])
+def tiles(request, monkeypatch):
+    monkeypatch.setattr(conv3x3_hopper, "prefers_wide", lambda *size: request.param == "wide")
+
+
+def check_conv3x3(*call):
+    out = conv3x3_hopper.conv3x3(*call)
+    assert out.shape == (*call[0].shape[:3], len(call[1])) and out.is_contiguous()
+    assert out.dtype == call[0].dtype
+    for n in range(len(out)):  # a picture at a time: float64 is large
+        one = [x if x is None or i not in (0, 3, 4) else x[n:n + 1] for i, x in enumerate(call)]
+        check(out[n:n + 1], reference.conv3x3(*one), reference.conv3x3(*wide(one)))
+
+
+def check_upsample_conv(x, folded):
+    out, T = conv3x3_hopper.upsample_conv(x, folded), len(folded)
+    assert out.shape == (len(x) * T, 2 * x.shape[1], 2 * x.shape[2], folded.shape[3]) and out.is_contiguous()
+    for n in range(len(x)):
+        one = x[n:n + 1], folded
+        check(out[n * T:n * T + T], reference.upsample_conv(*one), reference.upsample_conv(*wide(one)))
+
+
+def real(device, N, H, W, C, O, past, residual, dtype=BF16):
+    x, weight, bias, past, rest, relu = make(device, N, H, W, C, O, dtype, past)
+    return x, weight, bias, past, rest if residual else None, relu
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_conv3x3(device, tiles, shape):
+    check_conv3x3(*make(device, *shape))
+
+
+@pytest.mark.parametrize("T", [1, 2], ids=["T=1", "T=2"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_upsample_conv(device, tiles, shape, T):
+    check_upsample_conv(*make_folded(device, *shape, T))
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["alone", "past"])
+@pytest.mark.parametrize("bias, residual, relu", [
+    (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 1)],
+    ids=["bare", "bias", "residual", "relu", "bias+relu", "bias+residual+relu"])
+def test_what_surrounds_it(device, tiles, bias, residual, relu, past):
+    x, weight, b, before, r, _ = make(device, 2, 18, 33, 72, 128, past=past)
+    check_conv3x3(x, weight, b if bias else None, before, r if residual else None, bool(relu))
+
+
+@pytest.mark.parametrize("shape", REAL.values(), ids=REAL.keys())
+def test_real_shapes_made_small(device, tiles, shape):
+    N, H, W, *rest = shape
+    check_conv3x3(*real(device, 1, H // 32, W // 32, *rest))
+
+
+@needs_hopper
+@pytest.mark.parametrize("shape", REAL.values(), ids=REAL.keys())
+@with_dtypes
+def test_real_shapes(tiles, dtype, shape):
+    check_conv3x3(*real("cuda", *shape, dtype))
+
+
+@needs_hopper
+@pytest.mark.parametrize("shape", FOLDED.values(), ids=FOLDED.keys())
+@with_dtypes
+def test_real_enlargements(tiles, dtype, shape):
+    check_upsample_conv(*make_folded("cuda", *shape[:5], dtype, shape[5]))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 48, 64), (1, 16, 64, 64, 64), (2, 19, 67, 128, 128)], ids=str)
+def test_what_must_not_be_read_is_nan(device, tiles, shape):
+    for make_call, launch in ((make, conv3x3_hopper.conv3x3), (make_folded, conv3x3_hopper.upsample_conv)):
+        call = make_call(device, *shape)
+        poisoned = [among(NAN, x) if isinstance(x, torch.Tensor) else x for x in call]
+        wanted = launch(*call)
+        assert wanted.isfinite().all() and torch.equal(launch(*poisoned), wanted)
+
+
+def test_nan_that_is_read_shows(device, tiles):
+    """With relu too, and only in the neighbourhood of the pixel."""
+    x, weight, bias, past, residual, relu = make(device, 2, 9, 66, 64, 64)
+    past[1, 4, 0, 3] = NAN
+    near = torch.zeros(2, 9, 66, dtype=torch.bool, device=device)
+    near[1, 3:6, 0:2] = True
+    out = conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu)
+    assert torch.equal(out.isnan(), near[..., None].expand(2, 9, 66, 64))
+    _, folded = make_folded(device, 2, 9, 66, 64, 64)
+    large = torch.zeros(4, 18, 132, dtype=torch.bool, device=device)
+    large[2:, 7:11, 0:3] = True
+    out = conv3x3_hopper.upsample_conv(past, folded)
+    assert torch.equal(out.isnan(), large[..., None].expand(4, 18, 132, 64))
+
+
+def test_bits_depend_neither_on_tiles_nor_on_other_pictures(device, monkeypatch):
+    x, weight, bias, past, residual, relu = make(device, 2, 18, 70, 128, 128)
+    folded = make_folded(device, 1, 1, 1, 128, 128)[1]
+    results = []
+    for preferred in True, False:
+        monkeypatch.setattr(conv3x3_hopper, "prefers_wide", lambda *size: preferred)
+        results.append((conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu),
+                        conv3x3_hopper.upsample_conv(x, folded)))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+    alone = conv3x3_hopper.conv3x3(x[1:], weight, bias, past[1:], residual[1:], relu)
+    assert torch.equal(alone, results[0][0][1:])
+    assert torch.equal(conv3x3_hopper.upsample_conv(x[1:], folded), results[0][1][2:])
+
+
+def test_past_may_be_the_same_frames_one_step_earlier(device, tiles):
+    frames, weight, *_ = make(device, 4, 6, 7, 64, 64)
+    check_conv3x3(frames[1:], weight, None, frames[:-1], frames[1:], True)
+
+
+MISTAKES = {
+    "none": ("", ""),
+    "a slot freed while it is read": ("warpgroup_mma_wait(2,", "warpgroup_mma_wait(4,"),
+    "no fence before a store": ("fence_async_shared()\n            _meet", "_meet"),
+    "a store's source overwritten": ("elif h == 0 or HALVES == 1:\n                tma.store_wait(0)",
+                                     "elif h == 0 or HALVES == 1:\n                pass"),
+    "weights read before they are there": ("mbarrier.wait(w_full.index(slot), slots // SLOTS & 1)", "pass"),
+    "residual's phase": ("served & 1", "1 - served & 1"),
+    "another view": ("(W * 2 * ROWS + j % SIDE) * PITCH", "(W * 2 * ROWS + j // SIDE) * PITCH")}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
+    source, (right, wrong) = inspect.getsource(conv3x3_hopper), mistake
+    assert right in source
+    (tmp_path / "mistaken_conv3x3.py").write_text(source.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mistaken_conv3x3", raising=False)
+    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
+    linecache.clearcache()
+    mistaken = importlib.import_module("mistaken_conv3x3")
+    launchers = [Launcher(mistaken, "kernel", late) for late in ("products", "copies")]
+    call, found = make("cpu", 1, 33, 66, 64, 64), []
+    for launcher, residual in product(launchers, (None, call[4])):
+        monkeypatch.setattr(mistaken, "kernel", launcher)
+        try:
+            out, wanted = (op.conv3x3(*call[:4], residual, True) for op in (mistaken, reference))
+            found.append(not torch.allclose(out, wanted, atol=0.05, rtol=0.02))
+        except (AssertionError, RuntimeError):
+            found.append(True)
+    assert any(found) == (right != wrong)
+
+
+@pytest.mark.parametrize("call, reason", [
+    (make("cpu", 1, 2, 2, 12, 64), "x must have a multiple of 8 channels, .*, has 12"),
+    (make("cpu", 1, 2, 2, 64, 96), "the output must have a multiple of 64 channels, has 96"),
+    (make_folded("cpu", 1, 2, 2, 64, 3), "the output must have a multiple of 64 channels, has 3"),
+    (make("cpu", 1, 2, 0, 64, 64), r"x is empty: \(1, 2, 0, 64\)"),
+    ([among(0, make_folded("cpu", 1, 2, 2, 64, 64)[0], 4097), make_folded("cpu", 1, 2, 2, 64, 64)[1]],
+     "tensors must begin at a multiple of 16 bytes"),
+], ids=["12 channels", "to 96", "enlarged to 3", "empty", "odd address"])
+def test_refusals(call, reason):
+    pictures_and_weights = [x for i, x in enumerate(call) if i in (0, 1, 3, 4)]
+    assert re.fullmatch(reason, conv3x3_hopper.supports(*pictures_and_weights))
+
+
+def test_784_channels_are_supported():
+    assert conv3x3_hopper.supports(torch.empty(1, 1, 1, 784), torch.empty(512, 784, 3, 3)) is None
+
+
+@pytest.mark.parametrize("size, preferred", [
+    ((4, 768, 1408, 1), True), ((4, 384, 704, 1), True), ((2, 192, 352, 2), False), ((2, 96, 176, 4), False),
+    ((2, 96, 176, 8), False), ((2, 192, 352, 8), False), ((4, 384, 704, 8), True)], ids=str)
+def test_tiles_of_real_shapes(size, preferred):
+    """16 x 16 where 64 columns do not divide the picture."""
+    assert conv3x3_hopper.prefers_wide(*size) == preferred
+
+
+def launches():
+    """Of each kernel that real shapes need: name, whether wide, taps, channels, whether residual, call."""
+    for name in "A", "A + residual", "B past", "C", "C past", "first":
+        N, H, W, C, O, past, residual = REAL[name]
+        x, out = (meta(BF16, N, H, W, channels) for channels in (C, O))
+        weight = meta(BF16, O, 3, 3, 2 * C if past else C).permute(0, 3, 1, 2)
+        yield (name, conv3x3_hopper.prefers_wide(N, H, W, O // 128), 3, 128, residual,
+               partial(conv3x3_hopper.conv3x3, x, weight, meta(BF16, O), x if past else None,
+                       out if residual else None, True))
+    x, weight = meta(FP16, 2, 90, 160, 112), meta(FP16, 64, 3, 3, 224)
+    yield ("112 to 64", False, 3, 64, False,
+           partial(conv3x3_hopper.conv3x3, x, weight.permute(0, 3, 1, 2), None, x, None, False))
+    for name in "1", "3":
+        N, H, W, C, O, T = FOLDED[name]
+        x, folded = (meta(FP16, *shape) for shape in ((N, H, W, C), (T, 2, 2, O, 2, 2, C)))
+        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(N, H, W, T * 4 * O // 128), 2, 128, False,
+               partial(conv3x3_hopper.upsample_conv, x, folded))
+
+
+def compile_launches():
+    """Prints a line of JSON for each: problems, instructions, bytes of shared memory, barriers' offsets."""
+    facts, kernels = aot._facts, {}
+
+    def keep(kernel, *rest):
+        kernels[kernel.hash] = kernel.asm["ptx"]
+        return facts(kernel, *rest)
+    aot._facts = keep
+    with tempfile.TemporaryDirectory() as cache:
+        made = aot._compile_instead_of_launching(90, cache)
+        for name, *_, call in launches():
+            made.clear()
+            call()
+            (key, found), = made.items()
+            ptx = kernels[key]
+            bases = re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx)
+            sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx)
+            offsets = {register: int(offset) for register, base, offset in sums if base in bases}
+            barriers = [offsets[register] for register in re.findall(r"mbarrier\.init\S+ \[(%r\d+)\]", ptx)]
+            kernel = aot.Kernel(90, name, *found)
+            print(json.dumps([kernel.problems(), kernel.instructions, kernel.shared, barriers]))
+
+
+def test_compiled_without_a_gpu():
+    """Nothing spills or is serialized, and no mbarrier lies where Triton has put pixels, weights or results.
+
+    It would if no partition used it, and what the barrier leaves there could surface.
+    """
+    program = "from tests.test_conv3x3_hopper import compile_launches; compile_launches()"
+    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout
+    for line, (name, is_wide, side, block, residual, _) in zip(told.splitlines(), launches(), strict=True):
+        problems, instructions, shared, barriers = json.loads(line)
+        assert not problems and set(instructions) == {"wgmma", "tma"}, name
+        chosen = conv3x3_hopper.config(is_wide, side, residual)
+        stage = (side + 3) * 72 if is_wide else (side + 15) * 16
+        data = 128 * (chosen["STAGES"] * stage + chosen["SLOTS"] * block + chosen["HALVES"] * 2 * block)
+        assert len(set(barriers)) == chosen["STAGES"] + chosen["SLOTS"] + 2 * residual, name
+        assert all(data <= barrier <= shared - 8 for barrier in barriers), name
+
+
+@needs_hopper
+@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@pytest.mark.parametrize("shape", [*REAL.values(), *FOLDED.values()],
+                         ids=[*REAL.keys(), *(f"enlarged {name}" for name in FOLDED)])
+def test_same_bits_500_times(tiles, shape, others):
+    """Launches back to back, ten at a time."""
+    if len(shape) == 6:
+        launch = partial(conv3x3_hopper.upsample_conv, *make_folded("cuda", *shape[:5], T=shape[5]))
+    else:
+        launch = partial(conv3x3_hopper.conv3x3, *real("cuda", *shape))
+    wanted, changed = launch(), torch.zeros((), dtype=torch.int64, device="cuda")
+    with other_work(others) if others else nullcontext():
+        for _ in range(50):
+            for out in [launch() for _ in range(10)]:
+                changed += (out != wanted).any()
+        changed = changed.item()
+    assert changed == 0
+
+
+@needs_hopper
+def test_graph(tiles):
+    """What was captured is replayed for other values in the same memory."""
+    call, folded = make("cuda", 2, 20, 70, 64, 64), make_folded("cuda", 2, 20, 70, 64, 64)
+
+    def launch():
+        return conv3x3_hopper.conv3x3(*call), conv3x3_hopper.upsample_conv(*folded)
+    launch()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launch()
+    for _ in range(3):
+        for x in (*call[:5], *folded):
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(captured, launch()))
+
+
+@needs_hopper
+def test_more_than_2_to_the_31_elements(tiles):
+    rows = 2 ** 31 // (4096 * 64) + 3
+    x, weight, *_ = make("cuda", 1, rows, 4096, 64, 64, past=False)
+    out = conv3x3_hopper.conv3x3(x, weight, None, None, x, False)
+    last = conv3x3_hopper.conv3x3(x[:, -4:].contiguous(), weight, None, None, x[:, -4:].contiguous(), False)
+    assert torch.equal(out[:, -3:], last[:, -3:])
+    del out
+    _, folded = make_folded("cuda", 1, 1, 1, 64, 64, T=1)
+    part = x[:, :rows // 4 + 1].contiguous()
+    out, last = (conv3x3_hopper.upsample_conv(y, folded) for y in (part, part[:, -4:].contiguous()))
+    assert out.numel() > 2 ** 31 and torch.equal(out[:, -6:], last[:, -6:])
+
+
+@needs_hopper
+def test_as_a_backend():
+    x, weight, bias, past, residual, relu = make("cuda", 2, 20, 70, 64, 64)
+    out = conv3x3(x, weight, bias, past=past, residual=residual, relu=relu, backend="hopper")
+    assert torch.equal(out, conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu))
+    _, folded = make_folded("cuda", 2, 20, 70, 64, 64)
+    assert torch.equal(upsample_conv(x, folded, backend="hopper"), conv3x3_hopper.upsample_conv(x, folded))
+    with pytest.raises(NotImplementedError, match="hopper: the output must have a multiple of 64 channels"):
+        conv3x3(x, weight[:3].contiguous(memory_format=torch.channels_last), past=past, backend="hopper")
