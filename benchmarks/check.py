@@ -1,28 +1,31 @@
-"""Has attention become slower than what is committed? Exit 1 if so.
+"""Have attention and the decoder's calls become slower than what is committed? Exit 1 if so.
 
     python -m benchmarks.check            --update records this machine's figures instead
 
-Two gates. The ratio of ideal time to time, measured in turn in one run (bench_attention), against the one
-committed for this GPU, or on a machine without one for the C++ op on one thread of a CPU. And what the
-compilers made of the Triton and Gluon kernels (registers, shared memory, spills, wgmma and TMA), which needs
-Triton but no GPU. A GPU without committed figures, or with those of other versions of torch or Triton, is
-reported, not gated.
+Three gates. Two of ratios measured in turn in one run, against those committed for this GPU, or on a machine
+without one for the C++ ops on one thread of a CPU: attention's ideal time to its time (bench_attention), and
+the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
+(bench_decoder). And what the compilers made of the Triton and Gluon kernels (registers, shared memory, spills,
+wgmma and TMA), which needs Triton but no GPU. A GPU without committed figures, or with those of other versions
+of torch or Triton, is reported, not gated.
 """
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from . import machine, spot_check
+from . import bench_decoder, decoder_cases, decoder_peers, machine, spot_check
 from .bench_attention import BACKENDS, line, run, save
 from .cases import Case, grid
 from .peers import OURS
 from .static_facts import gate_static, static_facts
 
 RESULTS = Path(__file__).parent / "results"
+Ratios = Callable[[str, float], tuple[dict[str, float], list[str]]]
 # A ratio within a run repeats within 3 % on one H100, between cards of one name by a little more; 8 % is
 # beyond both and finds a planted 10 %. On a CPU the bound is wide: CI's processors differ, and its neighbours
 # disturb.
@@ -50,14 +53,31 @@ def ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
     return found, wrong
 
 
+def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
+    """Time of the first of PyTorch's own over time of each "case/backend" of ours that runs here, and what was
+    wrong with results. The calls that take most of decoder and projector.
+    """
+    found, wrong, names = {}, [], [name for name in decoder_peers.BACKENDS[device] if name != "reference"]
+    for case in decoder_cases.grid(device, quick=True):
+        peer = decoder_peers.peers(case, device)[0]
+        rows, refused = bench_decoder.run(case, names, device, seconds)
+        for row in rows + refused:
+            print(bench_decoder.line(row), flush=True)
+        found |= {f"{row['case']}/{row['contestant']}": row["of_peer"][peer] for row in rows
+                  if peer in row.get("of_peer", {})}
+        wrong += [f"{row['case']}/{row['contestant']}: {row.get('refused', 'error ' + str(row.get('error')))}"
+                  for row in bench_decoder.wrong(rows, refused, bench_decoder.WORST)]
+    return found, wrong
+
+
 def gate(found: dict[str, float], committed: dict[str, float], bound: float) -> list[str]:
     """Which ratios fell below committed / bound, or are gone, one line each; empty if none."""
     worse = []
     for key, before in committed.items():
         if key not in found:
-            worse.append(f"{key}: was {before:.3f} of ideal, did not run")
+            worse.append(f"{key}: was {before:.3f}, did not run")
         elif found[key] * bound < before:
-            worse.append(f"{key}: {found[key]:.3f} of ideal, was {before:.3f}: takes "
+            worse.append(f"{key}: {found[key]:.3f}, was {before:.3f}: takes "
                          f"{before / found[key]:.2f}x as long, allowed {bound}x")
     return worse
 
@@ -73,13 +93,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_ratios(device: str, seconds: float, path: Path, record: str | None) -> list[str]:
+def check_ratios(ratios: Ratios, device: str, seconds: float, path: Path, record: str | None) -> list[str]:
     """Measures, prints, and gates or, as of the commit record, writes; what is worse, one line each."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     everything = json.loads(path.read_text()) if path.exists() else {}
     found, wrong = ratios(device, seconds)
     committed = everything.get(name)
-    if record:
+    if record and not found:
+        print(f"check: no backend of ours ran on {name}: nothing recorded")
+    elif record:
         about = {"cpu": machine.cpu_name(), "commit": record, **versions()}
         save(path, everything | {name: {"about": about, "ratios": found}})
         print(f"check: recorded {len(found)} ratios of {name}")
@@ -116,19 +138,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="record figures instead of gating")
     parser.add_argument("--commit", default=machine.commit(), help="to record, where there is no git")
-    parser.add_argument("--part", choices=("ratios", "static"), help="one gate alone")
+    parser.add_argument("--part", choices=("ratios", "decoder", "static"),
+                        help="one gate alone: attention's ratios, the decoder's, the compilers' facts")
     parser.add_argument("--baseline", type=Path, default=RESULTS / "attention_ratios.json")
+    parser.add_argument("--decoder-baseline", type=Path, default=RESULTS / "decoder_ratios.json")
     parser.add_argument("--static", type=Path, default=RESULTS / "static.json")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
     args = parser.parse_args(argv)
     worse = []
-    if args.part != "static":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(1)
-        record = args.commit if args.update else None
-        worse += check_ratios(device, args.seconds, args.baseline, record)
-    if args.part != "ratios":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.part != "static":
+        torch.set_num_threads(1)
+    record = args.commit if args.update else None
+    for part, measured, path in (("ratios", ratios, args.baseline),
+                                 ("decoder", decoder_ratios, args.decoder_baseline)):
+        if args.part in (None, part):
+            worse += check_ratios(measured, device, args.seconds, path, record)
+    if args.part in (None, "static"):
         worse += check_static(args.static, args.update)
     for one in worse:
         print(f"check: WORSE: {one}")

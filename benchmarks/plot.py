@@ -50,14 +50,14 @@ def draw(document: dict, path: Path) -> None:
     pen = ImageDraw.Draw(image)
     about = document["machine"]
     where = f"{about.get('gpu', about['cpu'])}, torch {about['torch']}, commit {about['commit']}"
-    _text(pen, (MARGIN[0], 8), f"Ideal time / time. {where}", "#222222")
+    write(pen, (MARGIN[0], 8), f"Ideal time / time. {where}", "#222222")
     for i, part in enumerate(parts):
         _panel(pen, (i % 2 * PANEL[0], LEGEND + i // 2 * PANEL[1]), *part)
     x, y = MARGIN[0], LEGEND + rows * PANEL[1] + 6
     for name in names:
-        pen.line(_at((x, y + 8), (x + 22, y + 8)), COLOURS.get(name, "black"), 3 * SCALE)
-        _text(pen, (x + 28, y), name, "#222222")
-        x += 44 + int(_font().getlength(name) / SCALE)
+        pen.line(scaled((x, y + 8), (x + 22, y + 8)), COLOURS.get(name, "black"), 3 * SCALE)
+        write(pen, (x + 28, y), name, "#222222")
+        x += 44 + int(font().getlength(name) / SCALE)
     path.parent.mkdir(parents=True, exist_ok=True)
     image = image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS)
     image.save(path, optimize=True)
@@ -84,32 +84,35 @@ def _panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, axis: 
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + x / most_x * width, top + (1 - y / most_y) * height
-    _text(pen, (left, corner[1] + 16), title, "#222222")
+    write(pen, (left, corner[1] + 16), title, "#222222")
     step = next(s for s in (.1, .2, .5, 1, 2, 5, 1e9) if most_y / s <= 8)
     for i in range(int(most_y / step) + 1):
-        pen.line(_at(place(0, i * step), place(most_x, i * step)), "#222222" if i == 0 else "#dddddd", SCALE)
-        _text(pen, (corner[0] + 24, place(0, i * step)[1] - 9), f"{i * step:.1f}", "#555555")
+        pen.line(scaled(place(0, i * step), place(most_x, i * step)), "#222222" if i == 0 else "#dddddd", SCALE)
+        write(pen, (corner[0] + 24, place(0, i * step)[1] - 9), f"{i * step:.1f}", "#555555")
     for x in sorted({x for x, _ in points}):
         at = place(x, 0)
-        pen.line(_at(at, (at[0], at[1] + 4)), "#222222", SCALE)
-        _text(pen, (at[0] - 12, at[1] + 6), f"{x:.2f}", "#555555")
-    _text(pen, (left + width // 2 - 60, top + height + 24), axis, "#222222")
-    pen.line(_at(place(0, 1), place(most_x, 1)), "#222222", 2 * SCALE)  # ideal
+        pen.line(scaled(at, (at[0], at[1] + 4)), "#222222", SCALE)
+        write(pen, (at[0] - 12, at[1] + 6), f"{x:.2f}", "#555555")
+    write(pen, (left + width // 2 - 60, top + height + 24), axis, "#222222")
+    pen.line(scaled(place(0, 1), place(most_x, 1)), "#222222", 2 * SCALE)  # ideal
     for name, line in series.items():
         colour = COLOURS.get(name, "black")
-        pen.line(_at(*(place(*point) for point in line)), colour, 2 * SCALE, joint="curve")
+        pen.line(scaled(*(place(*point) for point in line)), colour, 2 * SCALE, joint="curve")
         for point in line:
             x, y = place(*point)
-            pen.ellipse(_at((x - 3, y - 3), (x + 3, y + 3)), colour)
+            pen.ellipse(scaled((x - 3, y - 3), (x + 3, y + 3)), colour)
 
 
-def _at(*points: tuple[float, float]) -> list[tuple[float, float]]:
+def scaled(*points: tuple[float, float]) -> list[tuple[float, float]]:
+    """Pixels of the picture as drawn, SCALE times as large."""
     return [(x * SCALE, y * SCALE) for x, y in points]
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, SCALE times as large."""
     return ImageFont.load_default(FONT * SCALE)
 
 
-def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str) -> None:
-    pen.text(_at(at)[0], text, colour, _font())
+def write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str) -> None:
+    """A line of text; at: of its upper left corner."""
+    pen.text(scaled(at)[0], text, colour, font())

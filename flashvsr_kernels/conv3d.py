@@ -18,7 +18,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
        never copy it    bias: (O,)
     gamma: (O,) adds SiLU(y / sqrt(mean(y^2) + 1e-24) * gamma) over the channels, float32 inside
     backend: "triton" (sm_80 up) and "hopper" (Gluon, sm_90), bf16 and fp16; "reference" (PyTorch); None for the
-       first in the table that can run the call. The table begins with the reference until kernels are measured.
+       first that can run the call
     Returns (B, T / 2, H, W, O), contiguous. Differentiable by way of the reference.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
     """
@@ -95,9 +95,9 @@ def _hopper_supports(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | No
     return None
 
 
-register("causal_conv3d", Backend("reference", _run_reference),
-         Backend("hopper", _run_hopper, _triton.hopper_available, _hopper_supports),
-         Backend("triton", _run_triton, _triton.available, _gpu_supports))
+register("causal_conv3d", Backend("hopper", _run_hopper, _triton.hopper_available, _hopper_supports),
+         Backend("triton", _run_triton, _triton.available, _gpu_supports),
+         Backend("reference", _run_reference))
 
 
 def _run(x, weight, bias, tail, gamma, backend):

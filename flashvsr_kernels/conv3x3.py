@@ -83,12 +83,13 @@ def fold_upsample(weight: Tensor, grow: Tensor | None = None) -> Tensor:
     return wide.to(weight.dtype).contiguous()
 
 
-def upsample_conv(x: Tensor, folded: Tensor, *, backend: str | None = None) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, *, relu: bool = False, backend: str | None = None) -> Tensor:
     """Growth in time without bias, nearest enlargement by 2 and a 3x3 convolution with zero padding 1.
 
     x: (N, H, W, C)    folded: (T, 2, 2, O, 2, 2, C) from fold_upsample, of x's dtype and device
     backend: as for conv3x3; all but the reference want x and folded contiguous
-    Returns (N * T, 2 H, 2 W, O), step t of picture n at n * T + t, contiguous: channel o of pixel
+    relu: what is negative becomes 0
+    Returns (N * T, 2 H, 2 W, O), step t of picture n at n * T + t, contiguous: before relu channel o of pixel
     (2 i + py, 2 j + px) is the sum over ty, tx and c of folded[t, py, px, o, ty, tx, c] and
     x[n, i + ty - 1 + py, j + tx - 1 + px, c], zero outside the picture. Differentiable in x and folded.
     Raises as conv3x3 does.
@@ -97,7 +98,7 @@ def upsample_conv(x: Tensor, folded: Tensor, *, backend: str | None = None) -> T
         raise ValueError("x must be (N, H, W, C) and folded (T, 2, 2, O, 2, 2, C), "
                          f"got {tuple(x.shape)} and {tuple(folded.shape)}")
     _check_kinds(x, folded=folded)
-    return torch.ops.flashvsr.upsample_conv(x, folded, backend)
+    return torch.ops.flashvsr.upsample_conv(x, folded, relu, backend)
 
 
 def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
@@ -109,7 +110,8 @@ def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
                              f"got {other.dtype} on {other.device}")
 
 
-# Implementations of conv3x3 take (x, weight, bias, past, residual, relu), those of upsample_conv (x, folded).
+# Implementations of conv3x3 take (x, weight, bias, past, residual, relu), those of upsample_conv (x, folded,
+# relu).
 # Kernel modules are imported when they first run: Triton is optional, and takes a second to import.
 
 def _run_reference(function: str, *call: Tensor | bool | None) -> Tensor:
@@ -171,14 +173,14 @@ def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str |
 
 
 for _op in "conv3x3", "upsample_conv":
-    register(_op, Backend("reference", partial(_run_reference, _op)),
-             Backend("hopper", partial(_run_hopper, _op), _triton.hopper_available, _hopper_supports),
+    register(_op, Backend("hopper", partial(_run_hopper, _op), _triton.hopper_available, _hopper_supports),
              Backend("triton", partial(_run_triton, _op), _triton.available, _gpu_supports),
+             Backend("reference", partial(_run_reference, _op)),
              Backend("cpu", partial(_run_cpu, _op), partial(_cpu_available, _op), _cpu_supports))
 
 _lib.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
             "str? backend) -> Tensor")
-_lib.define("upsample_conv(Tensor x, Tensor folded, str? backend) -> Tensor")
+_lib.define("upsample_conv(Tensor x, Tensor folded, bool relu, str? backend) -> Tensor")
 
 
 @torch.library.impl(_lib, "conv3x3", "CompositeExplicitAutograd")
@@ -188,8 +190,8 @@ def _conv3x3(x, weight, bias, past, residual, relu, backend):
 
 
 @torch.library.impl(_lib, "upsample_conv", "CompositeExplicitAutograd")
-def _upsample_conv(x, folded, backend):
-    return pick("upsample_conv", backend, x, folded).run(x, folded)
+def _upsample_conv(x, folded, relu, backend):
+    return pick("upsample_conv", backend, x, folded).run(x, folded, relu)
 
 
 @torch.library.register_fake("flashvsr::conv3x3", lib=_lib)
@@ -198,7 +200,7 @@ def _conv3x3_fake(x, weight, bias, past, residual, relu, backend):
 
 
 @torch.library.register_fake("flashvsr::upsample_conv", lib=_lib)
-def _upsample_conv_fake(x, folded, backend):
+def _upsample_conv_fake(x, folded, relu, backend):
     N, H, W, _ = x.shape
     return x.new_empty((N * folded.shape[0], 2 * H, 2 * W, folded.shape[3]))
 
@@ -213,11 +215,12 @@ def _conv3x3_autograd(ctx, grad):
 
 
 def _upsample_conv_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+    x, folded, relu, _ = inputs
+    ctx.save_for_backward(x, folded, output if relu else None)
 
 
 def _upsample_conv_autograd(ctx, grad):
-    return *reference.upsample_conv_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+    return *reference.upsample_conv_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None, None
 
 
 torch.library.register_autograd("flashvsr::conv3x3", _conv3x3_autograd, setup_context=_conv3x3_context,

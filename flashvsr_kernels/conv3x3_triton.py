@@ -38,13 +38,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     return _launch(x, past, weight, bias, residual, x.new_empty((N, H, W, weight.shape[0])), 1, 3, relu)
 
 
-def upsample_conv(x: Tensor, folded: Tensor) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, relu: bool) -> Tensor:
     """flashvsr_kernels.upsample_conv: x (N, H, W, C) and folded (T, 2, 2, O, 2, 2, C), contiguous, bf16 or
     fp16, to (N * T, 2 H, 2 W, O). Checks nothing.
     """
     N, H, W, _ = x.shape
     T, _, _, O = folded.shape[:4]
-    return _launch(x, None, folded, None, None, x.new_empty((N * T, 2 * H, 2 * W, O)), 4 * T, 2, False)
+    return _launch(x, None, folded, None, None, x.new_empty((N * T, 2 * H, 2 * W, O)), 4 * T, 2, relu)
 
 
 def _launch(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,

@@ -16,8 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
 
     x: (..., C)    weight: (C,)    one floating dtype and device
     backend: "triton" (sm_80 up; bf16, fp16 and float32, C at most 16384, rows of any one distance from each to
-       the next), "reference" (PyTorch); None for the first in the table that can run the call. The table begins
-       with the reference until the kernels are measured.
+       the next), "reference" (PyTorch); None for the first that can run the call
     Returns (..., C), contiguous. Differentiable by way of the reference.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
     """
@@ -109,8 +108,8 @@ def _evenly_spaced(x: Tensor) -> bool:
 
 def _register(op: str, arguments: str, results: int) -> None:
     """op, whose results are like x, its first argument."""
-    register(op, Backend("reference", partial(_run_reference, op)),
-             Backend("triton", partial(_run_triton, op), _triton.available, _gpu_supports))
+    register(op, Backend("triton", partial(_run_triton, op), _triton.available, _gpu_supports),
+             Backend("reference", partial(_run_reference, op)))
 
     def run(*call):
         return pick(op, call[-1], *call[:-1]).run(*call[:-1])

@@ -132,13 +132,13 @@ def _adain_supports(rgb: Tensor) -> str | None:
     return _on_gpu(rgb)
 
 
-register("enlarge", Backend("reference", reference.enlarge),
-         Backend("triton", _enlarge_triton, _triton.available, _on_gpu))
-register("rgb_conv", Backend("reference", reference.rgb_conv),
-         Backend("triton", _rgb_conv_triton, _triton.available, _rgb_conv_supports))
+register("enlarge", Backend("triton", _enlarge_triton, _triton.available, _on_gpu),
+         Backend("reference", reference.enlarge))
+register("rgb_conv", Backend("triton", _rgb_conv_triton, _triton.available, _rgb_conv_supports),
+         Backend("reference", reference.rgb_conv))
 register("color_moments", Backend("reference", reference.color_moments))
-register("adain_uint8", Backend("reference", reference.adain_uint8),
-         Backend("triton", _adain_triton, _triton.available, _adain_supports))
+register("adain_uint8", Backend("triton", _adain_triton, _triton.available, _adain_supports),
+         Backend("reference", reference.adain_uint8))
 
 _lib.define("enlarge(Tensor frames, str? backend) -> (Tensor, Tensor)")
 _lib.define("rgb_conv(Tensor x, Tensor weight, Tensor bias, SymInt[] box, ScalarType out_dtype, "

@@ -144,6 +144,10 @@ def gated_add_norm(x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shi
     return total, layer_norm_modulate(total, scale, shift, eps)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: Tensor | None,
             relu: bool) -> Tensor:
     if past is not None:
@@ -170,17 +174,20 @@ def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor, past: Tensor | Non
     return of_x, of_weight, of_bias, of_past, grad if wanted[4] else None
 
 
-def upsample_conv(x: Tensor, folded: Tensor) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, relu: bool) -> Tensor:
     N, H, W, _ = x.shape
     with _full_float32():
         y = F.conv_transpose2d(x.permute(0, 3, 1, 2), _transposed_4x4(folded), stride=2, padding=1)
     y = y.unflatten(1, (folded.shape[0], -1)).permute(0, 1, 3, 4, 2)
-    return y.reshape(-1, 2 * H, 2 * W, folded.shape[3]).contiguous()
+    y = y.reshape(-1, 2 * H, 2 * W, folded.shape[3])
+    return (y.relu() if relu else y).contiguous()
 
 
-def upsample_conv_backward(grad: Tensor, x: Tensor, folded: Tensor,
+def upsample_conv_backward(grad: Tensor, x: Tensor, folded: Tensor, out: Tensor | None,
                            wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and folded, where wanted."""
+    """Gradients of x and folded, where wanted; out is upsample_conv's if it had relu."""
+    if out is not None:
+        grad = torch.where(out > 0, grad, 0)
     T, O = folded.shape[0], folded.shape[3]
     grad = grad.unflatten(0, (-1, T)).permute(0, 2, 3, 1, 4).flatten(3)
     of_x, of_taps, _ = _convolution_backward(grad, x, _transposed_4x4(folded), 2, (*wanted, False))

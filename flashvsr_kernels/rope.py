@@ -33,8 +33,7 @@ def qk_norm_rope(x: Tensor, weight: Tensor, tables: Tables, head_dim: int, *, ep
     out: (B, L, H, head_dim) to write into, such as a slot of the key ring, while no gradients are recorded;
        allocated if None
     backend: "triton" (sm_80 up; bf16, fp16 and float32, head_dim 64 or 128, H at most 16, last dimensions
-       contiguous), "reference" (PyTorch); None for the first in the table that can run the call. The table begins
-       with the reference until the kernels are measured.
+       contiguous), "reference" (PyTorch); None for the first that can run the call
     Returns out and the mean of each of its blocks of 128 tokens, (B, H, L / 128, head_dim). Differentiable in x and
     weight, by way of the reference.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
@@ -156,10 +155,10 @@ def _gpu_supports(x: Tensor, tables: Tables, *out: Tensor) -> str | None:
     return None
 
 
-register("qk_norm_rope", Backend("reference", _qk_reference),
-         Backend("triton", _qk_triton, _triton.available, _gpu_supports))
-register("qkv_norm_rope", Backend("reference", _qkv_reference),
-         Backend("triton", _qkv_triton, _triton.available, _gpu_supports))
+register("qk_norm_rope", Backend("triton", _qk_triton, _triton.available, _gpu_supports),
+         Backend("reference", _qk_reference))
+register("qkv_norm_rope", Backend("triton", _qkv_triton, _triton.available, _gpu_supports),
+         Backend("reference", _qkv_reference))
 register("window_order", Backend("reference", reference.window_order))
 
 

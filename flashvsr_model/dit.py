@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashvsr_kernels import (gated_add, layer_norm_modulate, lcsa_mask, qk_norm_rope, rms_norm, sparse_attn,
-                              window_order)
+from flashvsr_kernels import (gated_add_norm, layer_norm_modulate, lcsa_mask, linear_gelu, qkv_norm_rope, rms_norm,
+                              sparse_attn, window_order)
 
 from .config import FlashVSRConfig
 from .state import KVRing
 
 EPS = 1e-6  # of every norm in the model
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -36,24 +37,23 @@ class Block(nn.Module):
         self.ffn_in_weight, self.ffn_in_bias = weight(hidden, C), weight(hidden)
         self.ffn_out_weight, self.ffn_out_bias = weight(C, hidden), weight(C)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor,
-                topk: int) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation
-        x = gated_add(x, self.self_attention(layer_norm_modulate(x, scale1, shift1, eps=EPS), tables, kv,
-                                             local, topk), gate1)
-        x = gated_add(x, self.cross_attention(layer_norm_modulate(x, self.cross_scale, self.cross_shift,
-                                                                  eps=EPS)))
-        y = F.linear(layer_norm_modulate(x, scale2, shift2, eps=EPS), self.ffn_in_weight, self.ffn_in_bias)
-        y = F.linear(F.gelu(y, approximate="tanh"), self.ffn_out_weight, self.ffn_out_bias)
-        return gated_add(x, y, gate2)
+    def forward(self, x: Tensor, y: Tensor, following: tuple[Tensor, Tensor], tables: Tables, kv: KVRing,
+                local: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """x: the residual stream    y: x normed and modulated for this block
+        following: scale and shift of the norm behind this block
+        Returns the two for what follows.
+        """
+        _, _, gate1, shift2, scale2, gate2 = self.modulation
+        y = self.self_attention(y, tables, kv, local, topk)
+        x, y = gated_add_norm(x, y, gate1, self.cross_scale, self.cross_shift, eps=EPS)
+        x, y = gated_add_norm(x, self.cross_attention(y), None, scale2, shift2, eps=EPS)
+        y = F.linear(linear_gelu(y, self.ffn_in_weight, self.ffn_in_bias), self.ffn_out_weight, self.ffn_out_bias)
+        return gated_add_norm(x, y, gate2, *following, eps=EPS)
 
-    def self_attention(self, x: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing, local: Tensor,
-                       topk: int) -> Tensor:
-        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, -1)
-        k_slot, v_slot = kv.slot(self.layer)
-        q, q_mean = qk_norm_rope(q, self.norm_q, tables, self.head_dim, eps=EPS)
-        k, k_mean = qk_norm_rope(k, self.norm_k, tables, self.head_dim, eps=EPS, out=k_slot)
-        v = v.view(k.shape) if v_slot is None else v_slot.copy_(v.view(k.shape))
+    def self_attention(self, x: Tensor, tables: Tables, kv: KVRing, local: Tensor, topk: int) -> Tensor:
+        qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
+        q, k, v, q_mean, k_mean = qkv_norm_rope(qkv, self.norm_q, self.norm_k, tables, self.head_dim, eps=EPS,
+                                                out=kv.slot(self.layer))
         k, v, k_mean = kv.append(self.layer, k, v, k_mean)
         mask = lcsa_mask(q_mean, k_mean, local, slices=len(tables[0]) // 2, topk=topk)
         return F.linear(sparse_attn(q, k, v, mask).flatten(2), self.o_weight, self.o_bias)
@@ -75,7 +75,7 @@ class DiT(nn.Module):
         self.head_modulation = weight(2, config.dim)  # shift, scale
         self.head_weight, self.head_bias = weight(patch, config.dim), weight(patch)
 
-    def forward(self, latent: Tensor, lq: Tensor, tables: tuple[Tensor, Tensor, Tensor], kv: KVRing,
+    def forward(self, latent: Tensor, lq: Tensor, tables: Tables, kv: KVRing,
                 local: Tensor, topk: int) -> Tensor:
         """The velocity of one chunk, like latent.
 
@@ -88,9 +88,11 @@ class DiT(nn.Module):
         x = latent.view(B, C, f // 2, 2, H // 16, 8, 2, W // 16, 8, 2).permute(0, 2, 4, 7, 3, 5, 8, 1, 6, 9)
         x = F.linear(x.reshape(B, -1, 4 * C), self.patch_weight, self.patch_bias)
         x = x + window_order(lq, (f, H // 2, W // 2))
-        for block in self.blocks:
-            x = block(x, tables, kv, local, topk)
-        shift, scale = self.head_modulation
-        x = F.linear(layer_norm_modulate(x, scale, shift, eps=EPS), self.head_weight, self.head_bias)
+        norms = [(block.modulation[1], block.modulation[0]) for block in self.blocks]
+        norms.append((self.head_modulation[1], self.head_modulation[0]))
+        y = layer_norm_modulate(x, *norms[0], eps=EPS)
+        for block, following in zip(self.blocks, norms[1:]):
+            x, y = block(x, y, following, tables, kv, local, topk)
+        x = F.linear(y, self.head_weight, self.head_bias)
         x = x.view(B, f // 2, H // 16, W // 16, 2, 8, 8, 2, 2, C).permute(0, 9, 1, 4, 2, 5, 7, 3, 6, 8)
         return x.reshape(B, C, f, H, W)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvsr_kernels import fold_upsample, rms_norm
+from flashvsr_kernels import fold_repeat, fold_upsample, rms_norm
 
 from .config import LATENT_FRAMES, PATCH, FlashVSRConfig
 
@@ -108,13 +108,15 @@ def fuse_dit(config: FlashVSRConfig, tensors: dict[str, Tensor]) -> dict[str, Te
     return fused
 
 
-def fuse_lq(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State of lq_proj.LQProjector."""
+def fuse_lq(config: FlashVSRConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of lq_proj.LQProjector; in v1 what the second convolution does twice to its input becomes one."""
     fused = {}
     for i in "12":
         fused |= {f"conv{i}_weight": tensors[f"lq.conv{i}.weight"],
                   f"conv{i}_bias": tensors[f"lq.conv{i}.bias"],
                   f"norm{i}": tensors[f"lq.norm{i}.gamma"].flatten()}
+    if config.version == "v1":
+        fused["conv2_weight"] = fold_repeat(fused["conv2_weight"])
     return fused | {"linear_weight": tensors["lq.linear_layers.0.weight"],
                     "linear_bias": tensors["lq.linear_layers.0.bias"]}
 

@@ -1,4 +1,5 @@
 """Everything that changes while a stream runs."""
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from flashvsr_kernels import BLOCK, rope_table
 
+from .chunk_graphs import ChunkGraphs
 from .config import FIRST_FRAMES, PATCH, SCALE, TILE, FlashVSRConfig
 
 
@@ -33,7 +35,7 @@ class KVRing:
                              f"{self.first} of {self.slots}")
         self.filled = min(self.written + slices, self.slots)
 
-    def slot(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    def slot(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Where this chunk's keys and values of a layer go, (1, slices * S * 128, H, D) each; None: append
         takes them.
         """
@@ -90,10 +92,10 @@ class Geometry:
         return (left, self.padded_width - SCALE * self.width - left,
                 top, self.padded_height - SCALE * self.height - top)
 
-    def picture(self, frames: Tensor) -> Tensor:
-        """The picture out of (..., padded_height, padded_width, 3)."""
-        rows, columns = (slice(self.margin, self.margin + SCALE * n) for n in (self.height, self.width))
-        return frames[..., rows, columns, :]
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the picture inside."""
+        return self.margin, self.margin, SCALE * self.height, SCALE * self.width
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def _shapes(config: FlashVSRConfig, g: Geometry,
     S, slots, (h, w) = g.slice_blocks, config.ring_slices, g.tokens
     heads = (config.num_heads, config.head_dim)
     wide = config.decoder_channels[:3]
-    memory = {f"decoder.{i}": ((1, 1, 2 * h << i // 3, 2 * w << i // 3, wide[i // 3]), dtype)
+    memory = {f"decoder.{i}": ((1, 2 * h << i // 3, 2 * w << i // 3, wide[i // 3]), dtype)
               for i in range(9)}
     return {
         "frames": ((FIRST_FRAMES, g.height, g.width, 3), torch.float32),
@@ -141,7 +143,8 @@ class StreamState:
         self.frames = made["frames"]
         self.kv = KVRing(made["keys"], made["values"], made["means"])
         self.lq_tail = [made["lq.0"], made["lq.1"]]
-        self.decoder = [made[f"decoder.{i}"] for i in range(9)]
+        self.decoder = [[made[f"decoder.{3 * stage + i}"] for i in range(3)] for stage in range(3)]
+        self.graphs = ChunkGraphs() if self.kv.keys.is_cuda else None
         self.reset()
 
     def reset(self) -> None:
@@ -154,8 +157,13 @@ class StreamState:
         self.flushed = False
         self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
-        for memory in (*self.lq_tail, *self.decoder):
+        for memory in (*self.lq_tail, *itertools.chain(*self.decoder)):
             memory.zero_()
+
+    def keep(self, lq_tail: list[Tensor], decoder: list[list[Tensor]]) -> None:
+        """Takes over what the projector and the decoder remember; lq_tail is empty in v1."""
+        for memory, new in (*zip(self.lq_tail, lq_tail), *zip(itertools.chain(*self.decoder), itertools.chain(*decoder))):
+            memory.copy_(new)
 
     def memory(self) -> int:
         """Bytes held."""

@@ -1,6 +1,7 @@
 """Frames in, frames four times as large out, chunk by chunk."""
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flashvsr_kernels import local_window, rope_table
+import flashvsr_kernels as kernels
+from flashvsr_kernels import adain_uint8, color_moments, local_window, rope_table
 
 from .color import match_color
 from .config import (FIRST_FRAMES, FIRST_LATENTS, LATENT_FRAMES, LOOKAHEAD, SCALE,
@@ -18,6 +20,8 @@ from .dit import DiT
 from .fuse import fuse_decoder, fuse_dit, fuse_lq
 from .lq_proj import LQProjector
 from .state import Geometry, StreamState
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class StreamingUpscaler:
@@ -46,13 +50,14 @@ class StreamingUpscaler:
         """
         with torch.device("meta"):
             parts = DiT(config), LQProjector(config), Decoder(config)
-        for part, state in zip(parts, (fuse_dit(config, tensors), fuse_lq(tensors), fuse_decoder(tensors))):
+        for part, state in zip(parts, (fuse_dit(config, tensors), fuse_lq(config, tensors), fuse_decoder(tensors))):
             part.load_state_dict({name: t.detach().to(device, dtype) for name, t in state.items()},
                                  strict=True, assign=True)
             part.requires_grad_(False).eval()
-        for name, p in parts[2].named_parameters():
-            if p.ndim == 4:  # NHWC, as the pictures are
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        for part in parts[1:]:  # channels last, as pictures and clips are
+            for p in part.parameters():
+                if p.ndim in FORMATS:
+                    p.data = p.data.contiguous(memory_format=FORMATS[p.ndim])
         return cls(config, *parts)
 
     def new_state(self, height: int, width: int, *, out_dtype: torch.dtype = torch.uint8) -> StreamState:
@@ -107,46 +112,57 @@ class StreamingUpscaler:
         state = self.new_state(*frames.shape[1:3])
         return torch.cat([self.push(state, frames), self.flush(state)])
 
-    def step(self, state: StreamState, frames: Tensor) -> Iterator[Tensor]:
-        """One chunk of the model itself.
+    def step(self, state: StreamState, frames: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """One chunk of the model itself; to be taken to its end.
 
         frames: (B, 25, H, W, 3) for the first chunk, then (B, 12, H, W, 3) of which 4 were the last of the
         chunk before; enlarged and padded to multiples of 128, in [-1, 1]
-        Yields (B, t, H, W, 3), about [-1, 1] and unclamped, without colour matching: 21 frames in all, then
-        8.
+        Yields frames (B, H, W, 3), about [0, 1] and unclamped, without colour matching and margin, and the moments
+        of 2 * frame - 1: 21 in all, then 8.
         """
-        g, first = state.geometry, state.chunk == 0
-        latents = FIRST_LATENTS if first else 2
         frames = frames.to(self.device, self.dtype)
-        if first:
-            self.lq_proj.prime(frames[:, :1], state.lq_tail)
-        clips = frames[:, 1 if first else LOOKAHEAD:].split(LATENT_FRAMES, 1)
-        lq = torch.cat([self.lq_proj(clip, state.lq_tail) for clip in clips], 1)
+        noise, times = self._begin(state, len(frames))
+        yield from self._run(state, frames, noise, times)
+        self._end(state)
 
+    def _begin(self, state: StreamState, batch: int) -> tuple[Tensor, Tensor]:
+        """What a chunk starts from: its noise, and the rotations of its latents."""
+        g, latents = state.geometry, 2 if state.chunk else FIRST_LATENTS
         if state.time + latents > self.config.rope_positions:
             # Attention knows only differences of positions: the oldest cached latent becomes the first again.
             now = 2 * (min(state.kv.written, state.kv.slots) - 1)
             state.kv.shift_time(state.time - now, self.config.rope_split[0])
             state.time = now
-        (rows, cols), local = self._size(g)
-        noise = self.noise(state.chunk, (len(frames), self.config.latent_channels,
-                                         latents, g.padded_height // 8, g.padded_width // 8))
         state.kv.begin(latents // 2, g.slice_blocks)
-        tables = self._time_table[state.time:state.time + latents], rows, cols
-        latent = noise - self.dit(noise, lq, tables, state.kv, local,
-                                  self.config.topk(g.padded_height, g.padded_width))
-        state.kv.end()
-        state.time += latents
-        state.chunk += 1
+        noise = self.noise(state.chunk, (batch, self.config.latent_channels, latents, g.padded_height // 8,
+                                         g.padded_width // 8))
+        return noise, self._time_table[state.time:state.time + latents]
 
-        cond = frames[:, :-LOOKAHEAD]
-        if first:  # the decoder drops the three frames that the first latent has no input for
-            cond = torch.cat([cond[:, :1].expand(-1, 3, -1, -1, -1), cond], 1)
-        # one at a time: full-size activations of one latent are most of what a stream needs
-        for i in range(latents):
-            part = cond[:, LATENT_FRAMES * i:LATENT_FRAMES * (i + 1)]
-            decoded = self.decoder(latent[:, :, i:i + 1], part, state.decoder)
-            yield (decoded[:, 3:] if first and i == 0 else decoded).mul(2).sub_(1)
+    def _end(self, state: StreamState) -> None:
+        state.time += 2 if state.chunk else FIRST_LATENTS
+        state.chunk += 1
+        state.kv.end()
+
+    def _run(self, state: StreamState, frames: Tensor, noise: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """step's work on the device; of the host's part of state only whether this is the first chunk matters, and the
+        slots of the ring.
+        """
+        g, first = state.geometry, state.chunk == 0
+        lq_tail = self.lq_proj.prime(frames[:, :1]) if first else state.lq_tail
+        lq, lq_tail = self.lq_proj(frames[:, 1 if first else LOOKAHEAD:], lq_tail)
+        (rows, cols), local = self._size(g)
+        latent = noise - self.dit(noise, lq, (times, rows, cols), state.kv, local,
+                                  self.config.topk(g.padded_height, g.padded_width))
+        memory = [list(stage) for stage in state.decoder]
+        for i in range(latent.shape[2]):
+            end = LATENT_FRAMES * i + (1 if first else LATENT_FRAMES)
+            cond = frames[:, max(0, end - LATENT_FRAMES):end]
+            lacking = LATENT_FRAMES - cond.shape[1]  # the first latent has one frame of input; the others are dropped
+            cond = torch.cat([cond[:, :1].expand(-1, lacking, -1, -1, -1), cond], 1) if lacking else cond
+            for j, frame in enumerate(self.decoder(latent[:, :, i], cond, memory, g.box)):
+                if j >= lacking:
+                    yield frame
+        state.keep(lq_tail, memory)
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
         """What the one step of a chunk starts from; the same on every device."""
@@ -154,7 +170,11 @@ class StreamingUpscaler:
             return torch.zeros(shape, device=self.device, dtype=self.dtype)
         # The generator looks at 32 bits only: seeds are spread over them, chunks follow one another.
         generator = torch.Generator().manual_seed((self.config.seed * 2654435761 + chunk) % 2**32)
-        return (torch.randn(shape, generator=generator) * self.config.noise).to(self.device, self.dtype)
+        return self._upload((torch.randn(shape, generator=generator) * self.config.noise).to(self.dtype))
+
+    def _upload(self, x: Tensor) -> Tensor:
+        """x on the device. From pinned memory the host goes on while the copy waits for its turn."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def _size(self, g: Geometry) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Rotations of rows and columns, and the window, of a picture size."""
@@ -187,31 +207,40 @@ class StreamingUpscaler:
 
     @torch.no_grad()
     def _chunk(self, state: StreamState) -> None:
-        g = state.geometry
-        source = self.enlarge(state.frames[:state.held], state.eight_bit).to(self.device)
-        padded = F.pad(source.permute(0, 3, 1, 2), g.border, mode="replicate").permute(0, 2, 3, 1)
+        frames = state.frames[:state.held]
+        if state.eight_bit:
+            frames = frames.to(torch.uint8)
+        frames = self._upload(frames)
+        noise, times = self._begin(state, 1)
+        if state.graphs is not None and state.chunk > 1:  # the steady chunk before has compiled what it needs
+            key = state.kv.first, frames.dtype
+            done = state.graphs.run(key, partial(self._compute, state), frames, noise, times)
+        else:
+            done = torch.cat(self._compute(state, frames, noise, times))
+        self._end(state)
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
         state.held = LOOKAHEAD
-        done = 0
-        for (frames,) in self.step(state, padded[None]):
-            frames = match_color(g.picture(frames), source[done:done + len(frames)], self.config.color)
-            state.ready.append(self._finish(frames, state.out_dtype))
-            done += len(frames)
-        state.emitted += done
+        state.ready.append(done)
+        state.emitted += len(done)
 
-    @staticmethod
-    def enlarge(frames: Tensor, eight_bit: bool) -> Tensor:
-        """(T, h, w, 3) in 0...255 -> (T, 4h, 4w, 3) in [-1, 1]: Pillow's bicubic, in 8 bits or in float32."""
-        _, h, w, _ = frames.shape
-        if eight_bit:
-            def one(frame: np.ndarray) -> Tensor:
-                large = Image.fromarray(frame).resize((SCALE * w, SCALE * h), Image.Resampling.BICUBIC)
-                return torch.from_numpy(np.array(large))
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works outside Python's lock
-                pictures = list(pool.map(one, frames.to(torch.uint8).numpy()))
-            return torch.stack(pictures).float().div_(127.5).sub_(1)
-        large = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=SCALE, mode="bicubic", antialias=True)
-        return large.permute(0, 2, 3, 1).clamp(0, 255).div_(127.5).sub_(1)
+    def _compute(self, state: StreamState, frames: Tensor, noise: Tensor, times: Tensor) -> list[Tensor]:
+        """Finished frames, (1, 4h, 4w, 3) each, from input frames as enlarge takes them."""
+        g = state.geometry
+        large, moments = enlarge(frames)
+        inside = normal(large).to(self.dtype)
+        if any(g.border):
+            inside = F.pad(inside.permute(0, 3, 1, 2), g.border, mode="replicate").permute(0, 2, 3, 1)
+        done = []
+        for i, (frame, its_moments) in enumerate(self._run(state, inside[None], noise, times)):
+            one = slice(i, i + 1)
+            if self.config.color == "adain":
+                source_moments = color_moments(normal(large[one])) if moments is None else moments[one]
+                done.append(adain_uint8(frame, its_moments, source_moments, out_dtype=state.out_dtype,
+                                        truncate=self.config.exact_upstream))
+            else:
+                frame = match_color(2 * frame - 1, normal(large[one]), self.config.color)
+                done.append(self._finish(frame, state.out_dtype))
+        return done
 
     def _finish(self, frames: Tensor, out_dtype: torch.dtype) -> Tensor:
         if out_dtype == torch.float32:
@@ -224,3 +253,28 @@ class StreamingUpscaler:
         state.ready = []
         return torch.cat([torch.empty((0, SCALE * g.height, SCALE * g.width, 3), dtype=state.out_dtype,
                                       device=self.device), *ready])
+
+
+def enlarge(frames: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pillow's bicubic enlargement of frames (T, h, w, 3), in 8 bits if they are uint8, or in float32 if they are
+    float, both in 0...255.
+
+    Returns (T, 4h, 4w, 3), uint8 or float32 in [-1, 1], and its moments where they cost nothing, else None.
+    """
+    _, h, w, _ = frames.shape
+    if frames.dtype != torch.uint8:
+        large = F.interpolate(frames.permute(0, 3, 1, 2), scale_factor=SCALE, mode="bicubic", antialias=True)
+        return large.permute(0, 2, 3, 1).clamp(0, 255).div_(127.5).sub_(1), None
+    if frames.is_cuda:
+        return kernels.enlarge(frames, return_moments=True)
+
+    def one(frame: np.ndarray) -> Tensor:
+        large = Image.fromarray(frame).resize((SCALE * w, SCALE * h), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(large))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works outside Python's lock
+        return torch.stack(list(pool.map(one, frames.numpy()))), None
+
+
+def normal(large: Tensor) -> Tensor:
+    """uint8 levels as float32 in [-1, 1]; float frames as they are."""
+    return large.float().div_(127.5).sub_(1) if large.dtype == torch.uint8 else large

@@ -102,19 +102,22 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
         return mask
     lcsa_mask = dit.lcsa_mask
     decoded, frames = [], []
-    upscaler.lq_proj.register_forward_hook(lambda module, args, out: seen.add("lq_tokens", out[:, ::7, ::5]))
+
+
+    def record_tokens(module, args, out) -> None:
+        clips = out[0].unflatten(1, (-1, (H // 16) * (W // 16)))  # the file has them clip by clip
+        for i in range(clips.shape[1]):
+            seen.add("lq_tokens", clips[:, i, ::7, ::5])
+    upscaler.lq_proj.register_forward_hook(record_tokens)
     upscaler.dit.register_forward_hook(lambda module, args, out: seen.add("velocity", out[0, :, :, ::2, ::3]))
-    upscaler.decoder.register_forward_hook(lambda module, args, out: decoded.append(out[0].float().cpu()))
     with mock.patch.object(dit, "lcsa_mask", record_mask), torch.no_grad():
         for source in chunks(clip):
-            done = 0
-            for (part,) in upscaler.step(state, source[None]):
-                frames.append(match_color(part, source[done:done + len(part)].to(part),
-                                          config.color).clamp(-1, 1).cpu())
-                done += len(part)
+            for i, (frame, _) in enumerate(upscaler.step(state, source[None])):
+                decoded.append(frame.cpu())
+                frames.append(match_color(2 * frame - 1, source[i:i + 1].to(frame), config.color).clamp(-1, 1).cpu())
     whole = torch.cat(frames).permute(3, 0, 1, 2)
     per_frame = whole.transpose(0, 1).flatten(1)
-    return seen.values | {"decoded": torch.cat(decoded)[3:].permute(0, 3, 1, 2)[:, :, ::8, ::8],
+    return seen.values | {"decoded": torch.cat(decoded).permute(0, 3, 1, 2)[:, :, ::8, ::8],
                           "frames": whole[:, :, ::8, ::8], "frames_mean": per_frame.mean(1),
                           "frames_std": per_frame.std(1)}
 

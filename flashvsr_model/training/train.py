@@ -65,8 +65,8 @@ class GrowingKV:
     def begin(self, slices: int, slice_blocks: int) -> None:
         self.chunk, self.blocks = slices, min(self.slots, self.written + slices) * slice_blocks
 
-    def slot(self, layer: int) -> tuple[None, None]:
-        return None, None
+    def slot(self, layer: int) -> None:
+        return None
 
     def append(self, layer: int, k: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.kept[layer] is not None:
@@ -90,9 +90,11 @@ class ClipState:
         side = size // 16
         self.lq_tail = [torch.zeros(batch, 2, side, side, width, dtype=dtype, device=device)
                         for width in (768, config.lq_hidden[0])]
-        self.decoder = [torch.zeros(batch, 1, 2 * side << i // 3, 2 * side << i // 3,
-                                    config.decoder_channels[i // 3], dtype=dtype, device=device)
-                        for i in range(9)]
+        self.decoder = [[torch.zeros(batch, 2 * side << stage, 2 * side << stage, width, dtype=dtype, device=device)
+                         for _ in range(3)] for stage, width in enumerate(config.decoder_channels[:3])]
+
+    def keep(self, lq_tail: list[Tensor], decoder: list[list[Tensor]]) -> None:
+        self.lq_tail, self.decoder = lq_tail, decoder
 
 
 class Trainee(nn.Module):
@@ -105,13 +107,13 @@ class Trainee(nn.Module):
         self.upscaler = StreamingUpscaler(config, self.dit, self.lq_proj, self.decoder)
 
     def forward(self, source: Tensor) -> Tensor:
-        """(B, T, H, W, 3) enlarged input to (B, T - 4, H, W, 3), both about [-1, 1]."""
+        """(B, T, H, W, 3) enlarged input in [-1, 1] to (B, T - 4, H, W, 3), about [0, 1]."""
         state = ClipState(self.upscaler.config, len(source), source.shape[2], self.upscaler.dtype,
                           source.device)
         out = list(self.upscaler.step(state, source[:, :FIRST_FRAMES]))
         for end in range(FIRST_FRAMES + SLICE_FRAMES, source.shape[1] + 1, SLICE_FRAMES):
             out += self.upscaler.step(state, source[:, end - SLICE_FRAMES - LOOKAHEAD:end])
-        return torch.cat(out, 1)
+        return torch.stack([frame for frame, _ in out], 1)
 
 
 def initial(config: FlashVSRConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -150,7 +152,7 @@ def enlarge(lr: Tensor) -> Tensor:
 
 
 def fuse(config: FlashVSRConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = {"dit": fuse_dit(config, weights), "lq_proj": fuse_lq(weights), "decoder": fuse_decoder(weights)}
+    parts = {"dit": fuse_dit(config, weights), "lq_proj": fuse_lq(config, weights), "decoder": fuse_decoder(weights)}
     return {f"{part}.{name}": t.to(dtype) for part, state in parts.items() for name, t in state.items()}
 
 
@@ -181,7 +183,7 @@ class GradientStep:
     def _run(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
         config, dtype = self.trainee.upscaler.config, self.trainee.upscaler.dtype
         out = torch.func.functional_call(self.trainee, fuse(config, self.weights, dtype), (source,))
-        pred, target = (out.permute(0, 1, 4, 2, 3).float() + 1) / 2, target[:, :out.shape[1]]
+        pred, target = out.permute(0, 1, 4, 2, 3).float(), target[:, :out.shape[1]]
         loss, seen = total(pred, target, LossWeights())
         for w in self.weights.values():
             w.grad = None
