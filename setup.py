@@ -34,6 +34,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ["-mavx512f", "-mfma"]
     ISA_FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": avx512,
                   "avx512bf16": [*avx512, "-mavx512vl", "-mavx512bf16"]}
+# Each C++ kernel and its builds: avx512bf16 multiplies pairs of bfloat16, convolutions only float32.
+CPU_KERNELS = {"sparse_attn": list(ISA_FLAGS), "conv3x3": [isa for isa in ISA_FLAGS if isa != "avx512bf16"]}
 
 
 def fail(message):
@@ -146,9 +148,11 @@ class Plan:
                   f"-I{self.torch / 'include'}"]
         ops = [(CSRC / "bindings.cpp", [*cxx, *stable, *parts])]
         if self.cpu:
-            ops.append((CSRC / "cpu/run.cpp", cxx))
-            ops += [(CSRC / "cpu/sparse_attn.cpp", [*cxx, *ISA_FLAGS[isa], f"-DFLASHVSR_SPARSE_ATTN={name}"])
-                    for isa, name in ((isa, f"sparse_attn_{isa}") for isa in self.isas)]
+            ops.append((CSRC / "bindings_conv3x3.cpp", [*cxx, *stable]))
+            for kernel, isas in CPU_KERNELS.items():
+                name = f"-DFLASHVSR_{kernel.upper()}={kernel}_"
+                ops.append((CSRC / f"cpu/run_{kernel}.cpp", cxx))
+                ops += [(CSRC / f"cpu/{kernel}.cpp", [*cxx, *ISA_FLAGS[isa], name + isa]) for isa in isas]
         if self.cuda:
             nvcc = [self.nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas",
                     "-warn-spills", "--threads", "2", "-ccbin", self.cxx, *map(gencode, self.archs)]

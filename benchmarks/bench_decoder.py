@@ -2,17 +2,20 @@
 
     python -m benchmarks.bench_decoder [--quick] [--json FILE.json --plot FILE.png]
 
-First a line with the machine; then one line for each case and contestant: median, 20th and 80th percentile of the
-time; TFLOP/s, or GB/s where memory is what binds; that over the rate of a large matrix product (8192^3 in bf16; on a
-CPU 1024^3), or of a large copy, in the same run; RMS error against float32 over RMS; and for ours the time of each
-peer over ours. Peers are cuDNN's convolutions (oneDNN's on a CPU), channels last, with bias, addition and ReLU
-fused, which get past or tail joined beforehand; "-cat" joins inside the clock, "-split" adds two convolutions,
-"-unfused" runs operators one by one. How is timed: timing.py; the calls: decoder_cases.py; stages and their GiB
-(held, and worked in beside that): decoder_stages.py, peers: plain.py, of which the fastest form is compiled too.
-Exit 1 if one of our backends gave a wrong result or an error other than that it cannot run the case.
+First a line with the machine; then one line for each case and contestant: median, 20th and 80th percentile of
+the time; TFLOP/s, or GB/s where memory is what binds; that over the rate of a large matrix product (8192^3 in
+bf16; on a CPU 1024^3), or of a large copy, in the same run; RMS error against float32 over RMS; of stages the
+GiB held (weights, memory, inputs) and worked in beside that; and for ours the time of each peer over ours.
+Peers are cuDNN's convolutions (oneDNN's on a CPU), channels last, with bias, addition and ReLU fused, which
+get past or tail joined beforehand; "-cat" joins inside the clock, "-split" adds two convolutions, "-unfused"
+runs operators one by one; "-conv" is the 3x3 alone. How is timed: timing.py; the calls: decoder_cases.py;
+whole stages: decoder_stages.py, their peers: plain.py, of which the fastest form is compiled too. Exit 1 if
+one of our backends gave a wrong result or an error other than that it cannot run the case.
 """
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +27,13 @@ from . import plain
 from .bench_attention import about, first_line, save
 from .decoder_cases import BYTES, Case, error, exact, grid
 from .decoder_peers import BACKENDS, OURS, Contestant, captured, contestant, make_sets, peers, yardstick
-from .decoder_stages import Stage, Work, peak, stages, used
+from .decoder_stages import Stage, Step, Work, allocated, peak, stages, used
 from .plot_bars import draw
 from .timing import measure, ratio, summary
 
 WORST = .03        # of a call, RMS error over RMS: bf16 has 2e-3 to 4e-3, a wrong tap or border .05 to 1
 WORST_STAGE = .1   # of thirty calls one after the other, and bytes
-OP = {"decoder": "conv3x3", "projector": "causal_conv3d"}  # that a backend must have for us to time it in a stage
+OP = {"decoder": "conv3x3", "projector": "causal_conv3d"}  # a backend that has it is timed in the stage
 
 
 def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, dtype: str, device: str,
@@ -52,7 +55,8 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
         row[unit] = (its_amount if one == name else amount) / row["us"] / scale
         row[f"of_{name}"] = row[unit] / best
         if one in OURS:
-            row["of_peer"] = {peer: float(f"{ratio(times[peer], found):.4g}") for peer in against if peer in times}
+            row["of_peer"] = {peer: float(f"{ratio(times[peer], found):.4g}")
+                              for peer in against if peer in times}
         if every[one].alone:
             row["no_graph"] = every[one].alone
         rows.append({key: float(f"{value:.5g}") if isinstance(value, float) else value
@@ -63,9 +67,9 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list[dict], list[dict]]:
-    """Rows of the contestants that run the case, and the refusals of those that do not; none of ours, no rows.
+    """Rows of the contestants that run the case, and the refusals of those that do not.
 
-    names: of ours; the peers are all of decoder_peers.peers
+    names: of ours; if none of them runs there are no rows. The peers are all of decoder_peers.peers
     """
     sets = make_sets(case, device)
     ready, errors, refused, true = {}, {}, [], exact(case, sets[0])
@@ -90,7 +94,8 @@ def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list
 
 
 def _refusal(key: str, name: str, fault: Exception) -> dict:
-    return {"case": key, "contestant": name, "refused": f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"}
+    told = " ".join(str(fault).split())[:300]
+    return {"case": key, "contestant": name, "refused": f"{type(fault).__name__}: {told}"}
 
 
 @torch.no_grad()
@@ -99,37 +104,39 @@ def run_stage(stage: Stage, names: list[str], compiled: bool, device: str,
               seconds: float) -> tuple[list[dict], list[dict]]:
     """As run. Peers: all forms of plain.py's module, and the fastest compiled if asked."""
     work = Work(stage, device)
-    # No contestant computes as the truth does, in float32 from start to end; cuDNN need not try its algorithms.
+    # As in decoder_cases.exact, no algorithms are tried.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         true = work.ours("reference", torch.float32)()
-    forms = plain.DECODER if stage.part == "decoder" else plain.PROJECTOR
+    forms = {f"plain-{form}": form for form in
+             (plain.DECODER if stage.part == "decoder" else plain.PROJECTOR)}
     ready, facts, refused = {}, {}, []
 
-    def add(name: str, step) -> None:
-        facts[name] = {"error": float(f"{error(step(), true):.3g}"), "working_gib": peak(step, device)}
-        if name in OURS:
-            facts[name]["used"] = used(step)
-        ready[name] = captured(step, device)
-    for name in names:
+    def add(name: str, make: Callable[[], Step]) -> None:
         try:
-            if reason := backends()[OP[stage.part]].get(name, f"{OP[stage.part]} has no such backend"):
-                raise NotImplementedError(f"{name}: {reason}")
-            add(name, work.ours(name))
-        except Exception as fault:
+            if name in OURS and (reason := backends()[OP[stage.part]].get(name, "there is no such backend")):
+                raise NotImplementedError(f"{OP[stage.part]}: {reason}")
+            before = allocated(device)
+            step = make()
+            held = allocated(device) - before + work.frames.nbytes + work.latent.nbytes
+            facts[name] = {"error": float(f"{error(step(), true):.3g}")}
+            if device == "cuda":
+                facts[name] |= {"held_gib": round(held / 2 ** 30, 3), "working_gib": round(peak(step), 3)}
+            if name in OURS:
+                facts[name]["used"] = used(step)
+            ready[name] = captured(step, device)
+        except Exception as fault:  # as in run
             refused.append(_refusal(stage.key, name, fault))
-    for form in forms:
-        add(f"plain-{form}", work.plain(form, compiled=False))
-    against = [f"plain-{form}" for form in forms]
+    for name in names:
+        add(name, partial(work.ours, name))
+    for name, form in forms.items():
+        add(name, partial(work.plain, form, compiled=False))
     if compiled:
-        quick = measure({name: ready[name].call for name in against}, device, 0)
-        form = min(forms, key=lambda one: sum(quick[f"plain-{one}"]))
-        try:
-            add("plain-compiled", work.plain(form, compiled=True))
-            against.append("plain-compiled")
-            facts["plain-compiled"]["form"] = form
-        except Exception as fault:
-            refused.append(_refusal(stage.key, "plain-compiled", fault))
-    rows = rows_of(stage.key, ready, stage.flop, "flop", stage.dtype, device, seconds, against)
+        quick = measure({name: ready[name].call for name in forms if name in ready}, device, 0)
+        fastest = min(quick, key=lambda name: sum(quick[name]))
+        add("plain-compiled", partial(work.plain, forms[fastest], compiled=True))
+        facts.get("plain-compiled", {})["form"] = forms[fastest]
+    rows = rows_of(stage.key, ready, stage.flop, "flop", stage.dtype, device, seconds,
+                   [*forms, "plain-compiled"])
     return [row | facts.get(row["contestant"], {}) for row in rows], refused
 
 
@@ -142,8 +149,8 @@ def line(row: dict) -> str:
     wrong = f"{row['error']:.1e}" if "error" in row else "-"
     text = (f"{row['case']:52} {row['contestant']:15} {row['us']:10.1f} us (p20 {row['p20']:10.1f} p80 "
             f"{row['p80']:10.1f}) {row[unit]:9.4g} {what.format(row[share])}  error {wrong:>7}")
-    if row.get("working_gib") is not None:
-        text += f"  {row['working_gib']:.2f} GiB"
+    if "held_gib" in row:
+        text += f"  {row['held_gib']:.2f} + {row['working_gib']:.2f} GiB"
     text += "".join(f"  {times:.3f} of {peer}" for peer, times in row.get("of_peer", {}).items())
     return text + (f"  (no CUDA graph: {row['no_graph']})" if "no_graph" in row else "")
 
@@ -163,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile of the stages' peers; default: on a GPU")
     parser.add_argument("--picture", help="output HEIGHTxWIDTH, multiples of 128")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose names have one of these")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with one of these")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")

@@ -5,9 +5,9 @@
 Three gates. Two of ratios measured in turn in one run, against those committed for this GPU, or on a machine
 without one for the C++ ops on one thread of a CPU: attention's ideal time to its time (bench_attention), and
 the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
-(bench_decoder). And what the compilers made of the Triton and Gluon kernels (registers, shared memory, spills,
-wgmma and TMA), which needs Triton but no GPU. A GPU without committed figures, or with those of other versions
-of torch or Triton, is reported, not gated.
+(bench_decoder). And what the compilers made of the Triton and Gluon kernels (registers, shared memory,
+spills, wgmma and TMA), which needs Triton but no GPU. A GPU without committed figures, or with those of other
+versions of torch or Triton, is reported, not gated.
 """
 import argparse
 import json
@@ -54,8 +54,8 @@ def ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
 
 
 def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
-    """Time of the first of PyTorch's own over time of each "case/backend" of ours that runs here, and what was
-    wrong with results. The calls that take most of decoder and projector.
+    """Time of PyTorch's own, first in decoder_peers.peers, over that of each "case/backend" of ours that runs
+    here, and what was wrong with results. The calls that take most of decoder and projector.
     """
     found, wrong, names = {}, [], [name for name in decoder_peers.BACKENDS[device] if name != "reference"]
     for case in decoder_cases.grid(device, quick=True):

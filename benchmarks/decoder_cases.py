@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashvsr_kernels import (adain_uint8, causal_conv3d, color_moments, conv3x3, enlarge, fold_upsample, rgb_conv,
-                              upsample_conv)
+from flashvsr_kernels import (adain_uint8, causal_conv3d, color_moments, conv3x3, enlarge, fold_upsample,
+                              rgb_conv, upsample_conv)
 from flashvsr_model.config import LATENT_FRAMES, PATCH, PRESETS, SCALE, SLICE_FRAMES, FlashVSRConfig
 
 from .cases import DTYPES
 
 BYTES = ("rgb_conv", "adain_uint8", "enlarge")  # bound by memory: held against a copy, not a matrix product
-SHAPE = {"cuda": ("768x1408", "v1.1", "bf16"), "cpu": ("256x384", "compact", "fp32")}  # picture, preset, dtype
+SHAPE = {"cuda": ("768x1408", "v1.1", "bf16"), "cpu": ("256x384", "compact", "fp32")}  # picture, preset, type
 QUICK = ("first", "A", "B-past", "C-past", "D", "F-relu", "E", "adain", "enlarge", "1-norm", "2-norm")
 SMALL = ("B", "B-past", "C-residual")  # for check on a CPU: what takes most of compact's time
 
@@ -57,8 +57,8 @@ class Case:
         pixels, size = math.prod(self.shape[:-1]), DTYPES[self.dtype].itemsize
         if self.op == "enlarge":
             return pixels * 3 * (1 + SCALE ** 2)
-        result = 4 * 3  # float32 between the last convolution and the bytes
-        return pixels * (result + 3) if self.op == "adain_uint8" else pixels * (size * self.shape[-1] + result)
+        rgb = 4 * 3  # float32 between the last convolution and the bytes
+        return pixels * (rgb + 3) if self.op == "adain_uint8" else pixels * (size * self.shape[-1] + rgb)
 
 
 def grid(device: str, quick: bool = False, picture: str | None = None) -> list[Case]:

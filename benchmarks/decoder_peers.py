@@ -1,9 +1,9 @@
 """What can be timed on a case of decoder_cases: our backends, and PyTorch's own operators on cuDNN or oneDNN.
 
 A contestant is made from one or more sets of a case's inputs by a builder, which returns a function without
-arguments; what it wants in another layout is made there, outside the clock. On a GPU it is recorded as a CUDA graph:
-the model runs so too, and short calls are not the launches' own time. Where memory is what binds, several sets of
-inputs take turns, more than a cache holds.
+arguments; what it wants in another layout is made there, outside the clock. On a GPU it is recorded as a CUDA
+graph: the model runs so too, and short calls are not the launches' own time. Where memory is what binds,
+several sets of inputs take turns, more than a cache holds.
 """
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .peers import gemm
 OURS = ("hopper", "triton", "cuda", "cpu", "reference")
 BACKENDS = {"cuda": ["hopper", "triton"], "cpu": ["cpu", "reference"]}
 COPIED = {"cuda": 2 ** 28, "cpu": 2 ** 24}  # bytes of the copy whose rate others are held against
-COLD = 2 ** 28                              # bytes of a contestant's inputs and results together; an L2 has 50 MB
+COLD = 2 ** 28  # bytes of a contestant's inputs and results together, at least; an L2 has 50 MB
 Call = Callable[[], Tensor]
 
 
@@ -72,8 +72,9 @@ def captured(call: Callable[[], object], device: str, runs: int = 1) -> Contesta
 
 
 def make_sets(case: Case, device: str) -> list[Inputs]:
-    many = device == "cuda" and case.op in BYTES
-    return [inputs(case, device, seed) for seed in range(min(16, math.ceil(COLD / case.bytes)) if many else 1)]
+    """Inputs to take turns: one set where computing is what binds, and on a CPU."""
+    sets = min(16, math.ceil(COLD / case.bytes)) if device == "cuda" and case.op in BYTES else 1
+    return [inputs(case, device, seed) for seed in range(sets)]
 
 
 def yardstick(bound: str, device: str, dtype: str) -> tuple[str, Call, float]:
@@ -100,7 +101,8 @@ def _conv_split(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual:
     return lambda: plain.conv_relu(x, now, bias, plain.conv(past, before))
 
 
-def _conv_unfused(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, residual: Tensor | None) -> Call:
+def _conv_unfused(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None,
+                  residual: Tensor | None) -> Call:
     """As a module is usually written."""
     def run() -> Tensor:
         y = plain.conv(x if past is None else torch.cat([x, past], -1), weight, bias)
@@ -147,8 +149,10 @@ def _matched(rgb: Tensor, moments: Tensor, source_moments: Tensor) -> Call:
 def _resized(frames: Tensor) -> Call:
     """Bicubic in float32, which does not round between rows and columns as Pillow does."""
     def run() -> Tensor:
-        large = F.interpolate(frames.permute(0, 3, 1, 2).float(), scale_factor=4.0, mode="bicubic", antialias=True)
-        return large.round_().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
+        planes = frames.permute(0, 3, 1, 2).float()
+        large = F.interpolate(planes, scale_factor=4.0, mode="bicubic", antialias=True)
+        large = large.round_().clamp_(0, 255).permute(0, 2, 3, 1)
+        return large.to(torch.uint8, memory_format=torch.contiguous_format)
     return run
 
 

@@ -1,7 +1,7 @@
 """Whole stages for one steady chunk of 8 frames: the decoder to uint8 pictures, and the projector.
 
-Ours run as flashvsr_model runs them, with one backend put first in each op's table; the peers are plain.py's modules
-with the same random weights. Colour statistics of the source are given to all: enlarge makes them.
+Ours run as flashvsr_model runs them, with one backend put first in each op's table; the peers are plain.py's
+modules with the same random weights. Colour statistics of the source are given to all: enlarge makes them.
 """
 import math
 from collections import Counter
@@ -30,7 +30,7 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Stage:
-    """part: "decoder" or "projector"    picture: output HEIGHTxWIDTH, multiples of 128    preset: key of PRESETS"""
+    """part: "decoder" or "projector"    picture: output HEIGHTxWIDTH    preset: key of PRESETS"""
     part: str
     picture: str
     preset: str
@@ -151,7 +151,9 @@ def _compiled(function: Callable, compiled: bool) -> Callable:
 
 @contextmanager
 def preferring(backend: str) -> Iterator[None]:
-    """Puts backend first in the tables of all ops, and the reference last: what it cannot run, the next one does."""
+    """Puts backend first in the tables of all ops, and the reference last. What backend cannot run the next
+    one does; used tells.
+    """
     before = dict(_tables)
     for op, table in before.items():
         _tables[op] = tuple(sorted(table, key=lambda b: (b.name != backend, b.name == "reference")))
@@ -179,13 +181,14 @@ def used(step: Step) -> dict[str, int]:
     return dict(counts)
 
 
-def peak(step: Step, device: str) -> float | None:
-    """GiB a step works in beside what is held already: a GPU's; None on a CPU."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
+def allocated(device: str) -> int:
+    """Bytes of a GPU's memory; a CPU's are not counted."""
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def peak(step: Step) -> float:
+    """GiB of the GPU's memory that a step works in beside what is held already."""
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     step()
-    torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - held) / 2 ** 30

@@ -12,8 +12,8 @@ from flashvsr_model.fuse import _STAGES
 from flashvsr_model.lq_proj import unshuffle
 
 EPS = 1e-5
-# Forms, of which the fastest is compared with. A block's first convolution as two, of x and of the step before, or as
-# one of both side by side; "both": two latents in a call, not one.
+# Forms, of which the fastest is compared with. A block's first convolution is two, of x and of the step
+# before, or one of both side by side in memory; "both": two latents in a call, not one.
 DECODER, PROJECTOR = ("split", "buffer", "split-both"), ("conv3d", "im2col")
 
 
@@ -57,8 +57,8 @@ def grown(x: Tensor, grow: Tensor, weight: Tensor, relu: bool) -> Tensor:
 
 
 def matched(rgb: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
-    """uint8 pictures from rgb (N, H, W, 3), about [0, 1], with mean and standard deviation (N, 1, 1, 3) of their
-    source in [-1, 1].
+    """uint8 pictures from rgb (N, H, W, 3), about [0, 1], with mean and standard deviation (N, 1, 1, 3) of
+    their source in [-1, 1].
     """
     var, mean = torch.var_mean(2 * rgb.float() - 1, (1, 2), correction=0, keepdim=True)
     y = (2 * rgb.float() - 1 - mean) / (var + EPS).sqrt() * source_std + source_mean
@@ -72,7 +72,7 @@ def mean_std(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded(x: Tensor, tail: Tensor) -> Tensor:
-    """(B, T + 2, H + 2, W + 2, C): tail in front, borders replicated; dimensions as F.pad has them for NCDHW."""
+    """(B, T + 2, H + 2, W + 2, C): tail in front, borders replicated."""
     return F.pad(torch.cat([tail, x], 1), (0, 0, 1, 1, 1, 1), mode="replicate")
 
 
@@ -82,7 +82,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def im2col(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same as a matrix product of all taps of all pixels; weight lies channels last, so that no copy is made."""
+    """The same as a matrix product of all taps of all pixels; weight lies channels last, so is not copied."""
     taps = x.unfold(1, 4, 2).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 1, 2, 3, 5, 6, 7, 4)
     return F.linear(taps.flatten(4), weight.permute(0, 2, 3, 4, 1).flatten(1), bias)
 
@@ -134,8 +134,8 @@ class PlainDecoder(nn.Module):
                 parts[str(grow)] = nn.ModuleDict({"conv": nn.Conv2d(C, steps * C, 1, bias=False)})
                 parts[str(last)] = nn.Conv2d(C, out, 3, bias=False)
             self.decoder = nn.ModuleDict(parts)
-        state = {name.removeprefix("decoder."): x for name, x in tensors.items() if name.startswith("decoder.")}
-        self.load_state_dict(state, strict=True, assign=True)
+        self.load_state_dict({name.removeprefix("decoder."): x for name, x in tensors.items()}, strict=True,
+                             assign=True)
         self.requires_grad_(False).to(memory_format=torch.channels_last)
         self.blocks = [part for part in parts.values() if isinstance(part, _Block)]
         for block in self.blocks:

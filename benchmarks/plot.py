@@ -87,7 +87,8 @@ def _panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, axis: 
     write(pen, (left, corner[1] + 16), title, "#222222")
     step = next(s for s in (.1, .2, .5, 1, 2, 5, 1e9) if most_y / s <= 8)
     for i in range(int(most_y / step) + 1):
-        pen.line(scaled(place(0, i * step), place(most_x, i * step)), "#222222" if i == 0 else "#dddddd", SCALE)
+        colour = "#222222" if i == 0 else "#dddddd"
+        pen.line(scaled(place(0, i * step), place(most_x, i * step)), colour, SCALE)
         write(pen, (corner[0] + 24, place(0, i * step)[1] - 9), f"{i * step:.1f}", "#555555")
     for x in sorted({x for x, _ in points}):
         at = place(x, 0)

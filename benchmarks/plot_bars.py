@@ -1,4 +1,4 @@
-"""The figures of bench_decoder as a picture of bars: what each contestant reaches of the product's or copy's rate."""
+"""The figures of bench_decoder as bars: what contestants reach of a matrix product's or a copy's rate."""
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw
 from .plot import COLOURS, SCALE, font, scaled, write
 
 NAMES, BARS, FIGURES, MARGIN, HEAD, BAR, GAP = 410, 620, 190, 12, 44, 15, 12  # pixels
-OTHERS = {"cudnn": "#d62728", "onednn": "#d62728", "plain-compiled": "#9467bd", "im2col": "#ff7f0e", "torch": "#ff7f0e"}
+OTHERS = {"cudnn": "#d62728", "onednn": "#d62728", "plain-compiled": "#9467bd", "im2col": "#ff7f0e",
+          "torch": "#ff7f0e"}
 REST = "#bbbbbb"  # peers with work beside the call's own, and the slower ones
 
 
@@ -48,4 +49,5 @@ def draw(document: dict, path: Path) -> None:
         pen.line(scaled((one, top), (one, y)), "#222222", SCALE)
         y += GAP
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS).save(path, optimize=True)
+    image = image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS)
+    image.save(path, optimize=True)

@@ -10,7 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashvsr_model.config import LATENT_FRAMES, PATCH, PRESETS, SLICE_FRAMES, TILE, FlashVSRConfig
+from flashvsr_model.config import (LATENT_FRAMES, PATCH, PRESETS, SCALE, SLICE_FRAMES, TILE,
+                                   FlashVSRConfig)
+from flashvsr_model.state import Geometry
 
 MEASURED = Path(__file__).parent / "results" / "attention_h100.json"
 HEIGHT, WIDTH = 768, 1408
@@ -139,6 +141,25 @@ def _decoder(config: FlashVSRConfig, height: int, width: int) -> tuple[float, fl
     layer(9 * widths[3] ** 2, widths[3], widths[3], steps * places)
     layer(9 * widths[3] * 3, widths[3], 3, steps * places)
     return flop, size
+
+
+def floor(config: FlashVSRConfig, g: Geometry, itemsize: int = 2) -> list[tuple[str, float, float]]:
+    """Name, FLOP and bytes of what one steady chunk cannot do without, and which does not run at once.
+
+    Bytes only where no matrix product is to hide them behind: norms as in parts; enlarged pictures, and those
+    of 8 bits from float32 ones; and what the decoder's last convolution, to 3 channels, reads and writes,
+    whose FLOP do not count therefore. The masks, and what else is not here, should cost nothing.
+    itemsize: bytes of the model's numbers
+    """
+    inside = SLICE_FRAMES * g.padded_height * g.padded_width
+    pixels = SLICE_FRAMES * SCALE ** 2 * g.height * g.width
+    width, found = config.decoder_channels[3], []
+    for name, flop, size in parts(config, g.padded_height, g.padded_width):
+        if name == "decoder":
+            found.append((name, flop - 2 * 9 * width * 3 * inside, inside * itemsize * width + pixels * 3 * 4))
+        else:
+            found.append((name, flop, 0.0) if flop else (name, 0.0, size * itemsize / 2))
+    return [("enlargement", 0.0, pixels * 3 * (1 + 1 / SCALE ** 2)), *found, ("colour", 0.0, pixels * 3 * (4 + 1))]
 
 
 def report(gpu: Gpu, rows: dict[str, dict]) -> list[str]:

@@ -1,15 +1,11 @@
-// The ops that torch sees, and every check of their arguments. Only torch's stable ABI is used, so that one
-// build serves every torch from 2.11 up.
+// The attention ops that torch sees, and every check of their arguments.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 
+#include "bindings.h"
 #include "cpu/sparse_attn.h"
 #ifdef FLASHVSR_CUDA
 #include <dlfcn.h>
@@ -20,24 +16,9 @@
 
 namespace {
 
-using flashvsr::DType;
+using flashvsr::dtype_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      STD_TORCH_CHECK(false, "q must be float32, float64, bfloat16 or float16");
-  }
-}
 
 flashvsr::Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -95,7 +76,7 @@ SparseAttnCall check_sparse_attn(const Tensor& q, const Tensor& k, const Tensor&
            Mk,
            index.size(3),
            int(D),
-           dtype_of(q),
+           dtype_of("q", q),
            scale},
           out,
           lse};
@@ -114,12 +95,6 @@ void check_lists(const flashvsr::SparseAttnParams& p) {
   }
 }
 
-void run_workers(int count, void (*body)(void*, int), void* context) {
-  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(context, int(worker));
-  });
-}
-
 std::tuple<Tensor, Tensor> sparse_attn_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const Tensor& index, const Tensor& count, double scale,
                                            std::string isa) {
@@ -129,7 +104,7 @@ std::tuple<Tensor, Tensor> sparse_attn_cpu(const Tensor& q, const Tensor& k, con
   const auto* kernels = flashvsr::find_sparse_attn_cpu(p.dtype, isa.c_str());
   STD_TORCH_CHECK(kernels != nullptr, "no build for q's dtype runs on this processor (isa \"", isa, "\")");
   if (p.batches * p.heads * p.q_blocks > 0)
-    flashvsr::run_sparse_attn_cpu(p, *kernels, {int(torch::stable::get_num_threads()), run_workers});
+    flashvsr::run_sparse_attn_cpu(p, *kernels, flashvsr::torch_workers());
   return {call.out, call.lse};
 }
 

@@ -13,5 +13,5 @@ from .sparse_attn import sparse_attn
 __version__ = "0.1.0"
 __all__ = ["BLOCK", "BlockMask", "adain_uint8", "backends", "causal_conv3d", "color_moments", "conv3x3", "enlarge",
            "fold_repeat", "fold_upsample", "gated_add", "gated_add_norm", "layer_norm_modulate", "lcsa_mask",
-           "linear_gelu", "local_window", "qk_norm_rope", "qkv_norm_rope", "rgb_conv", "rms_norm", "rope_table", "sparse_attn", "upsample_conv",
-           "window_order"]
+           "linear_gelu", "local_window", "qk_norm_rope", "qkv_norm_rope", "rgb_conv", "rms_norm", "rope_table",
+           "sparse_attn", "upsample_conv", "window_order"]

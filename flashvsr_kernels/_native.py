@@ -24,7 +24,7 @@ _refusal = _load()
 
 
 def available() -> str | None:
-    """None if the C++ op flashvsr::sparse_attn_cpu can be called, else the reason in one line."""
+    """None if the C++ ops (flashvsr::sparse_attn_cpu, ...) can be called, else the reason in one line."""
     return _refusal or _has("sparse_attn_cpu", "C++", "FLASHVSR_BUILD_CPU")
 
 

@@ -57,7 +57,7 @@ def _convolutions(op: str, module: str) -> Iterator[tuple[str, Callable[[], obje
                                  ("32 to 16 grown", torch.bfloat16, 32, 16, 2)):
         if O % 64 and module == "conv3x3_hopper":
             continue
-        call = meta(dtype, 2, 96, 176, C), meta(dtype, T, 2, 2, O, 2, 2, C)
+        call = meta(dtype, 2, 96, 176, C), meta(dtype, T, 2, 2, O, 2, 2, C), T == 2
         yield f"{op} {what}", partial(_launch, module, "upsample_conv", *call)
 
 

@@ -1,9 +1,9 @@
 """Block lists and FlashVSR's selection in Triton: nothing is read back, and every size of grid and scratch
 follows from the shapes, so that a CUDA graph can hold it.
 
-The selection sorts nothing. Probabilities are floats of at least 0, whose bit patterns, here called keys, order as
-integers. The threshold of a group (a head's query slice) is found digit by digit: the first from a histogram of all
-keys, the others from the few keys that begin with it, the candidates. Each kernel waits for all of the one before:
+The selection sorts nothing. Probabilities are floats of at least 0, whose bits order as integers: keys. The
+threshold of a group (a head's query slice) is found digit by digit, the first in a histogram of all keys, the
+others among the few keys that begin with it, the candidates. Each kernel needs all of the one before:
 _scores, _spread (softmax, histogram), _gather (candidates), _select (lists), _rank (order).
 """
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 from .block_mask import waves
 
 NOT_A_NUMBER = tl.constexpr(0x3FFFFFFF)  # key of NaN: above the key of 1.0, 0x3F800000, as kthvalue has it
-TOP = tl.constexpr(18)                   # the first digit is key >> TOP, 12 bits: 32 bins to a factor of 2
-BINS = tl.constexpr(4096)
-BITS, DIGITS = tl.constexpr(6), tl.constexpr(64)  # of each of the three other digits
-LOG2_E = tl.constexpr(1.4426950408889634)
-ROWS, KEYS = 8, 512                      # of the tile that a program takes at a time, at most
-PARTS = 32                               # programs of _gather for a group, at most: each reads the histogram
+TOP, BINS = tl.constexpr(18), tl.constexpr(4096)  # the first digit is key >> TOP: 32 of them to a factor of 2
+BITS, DIGITS = tl.constexpr(6), tl.constexpr(64)  # of each of the other three
+ROWS, KEYS = 8, 512  # of the tile that a program takes at a time, with a warp a row; KEYS at most
+CHUNK = 32 * ROWS    # candidates that _select takes at a time, one a thread
 # No kernel is specialised for a size: else a stream's first chunk and the others would each compile them all.
 
 
@@ -30,7 +28,7 @@ def block_lists(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if count.numel():
         with torch.cuda.device_of(dense):
             _pack[(triton.cdiv(Mq, ROWS), B * H)](dense.view(torch.uint8), index, count, *dense.stride(), H,
-                                                  Mq, Mk, R=ROWS, N=_tile(Mk))
+                                                  Mq, Mk, R=ROWS, N=_tile(Mk), num_warps=ROWS)
     return index, count, order_of(count)
 
 
@@ -56,7 +54,7 @@ def order_of(count: Tensor) -> Tensor:
         each, groups = waves(tiles, count.device)
         last = tiles - (groups - 1) * each  # the longest group
         with torch.cuda.device_of(count):
-            _rank[(triton.cdiv(last, 16), groups)](count, order, each, tiles, T=16, N=256)
+            _rank[(triton.cdiv(last, 8), groups)](count, order, each, tiles, T=8, N=256)
     return order
 
 
@@ -73,23 +71,22 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int,
     tiles, parts = triton.cdiv(S, ROWS), triton.cdiv(Mk, cols)
     pitch = parts * cols  # a multiple of 16, so that scores are read 16 bytes at a time
     scores = q_mean.new_empty((groups * S, pitch))
-    partial = q_mean.new_empty((2, groups, parts, S), dtype=torch.float32)
     softmax = q_mean.new_empty((2, groups * S), dtype=torch.float32)
     tally = q_mean.new_empty(groups * (BINS.value + 1), dtype=torch.int32)
     hist, found = tally[:groups * BINS.value], tally[groups * BINS.value:]
     candidates = q_mean.new_empty((groups, S * Mk), dtype=torch.int32)
     state = q_mean.new_empty((groups, 2), dtype=torch.int32)
-    tile = {"R": ROWS, "N": _tile(Mk), "num_warps": 8}
+    tile = {"R": ROWS, "N": _tile(Mk), "num_warps": ROWS}
     with torch.cuda.device_of(q_mean):
         _scores[(parts, triton.cdiv(S, rows), groups)](
-            q_mean, k_mean, local.view(torch.uint8), scores, partial, tally, *q_mean.stride(),
-            *k_mean.stride(), *local.stride(), H, slices, S, Mk, pitch, tally.numel(), D ** -0.5, D=D, R=rows,
-            N=cols, W=max(16, triton.next_power_of_2(D)), num_warps=warps)
-        _spread[(tiles, groups)](scores, partial, softmax, hist, S, Mk, pitch, parts, P=16, **tile)
-        _gather[(min(tiles, PARTS), groups)](scores, softmax, hist, found, candidates, state, S, Mk, pitch,
-                                             min(S * Mk - 1, topk), **tile)
-        _select[(tiles, groups)](scores, softmax, found, candidates, state, index, count, S, Mk, pitch, C=256,
-                                 **tile)
+            q_mean, k_mean, local.view(torch.uint8), scores, tally, *q_mean.stride(), *k_mean.stride(),
+            *local.stride(), H, slices, S, Mk, pitch, tally.numel(), D ** -0.5, D=D, R=rows, N=cols,
+            W=max(16, triton.next_power_of_2(D)), num_warps=warps)
+        _spread[(tiles, groups)](scores, softmax, hist, S, Mk, pitch, **tile)
+        _gather[(tiles, groups)](scores, softmax, hist, found, candidates, state, S, Mk, pitch,
+                                 min(S * Mk - 1, topk), **tile)
+        _select[(tiles, groups)](scores, softmax, found, candidates, state, index, count, S, Mk, pitch,
+                                 C=CHUNK, **tile)
     return index, count, order_of(count)
 
 
@@ -99,14 +96,15 @@ def _new_lists(like: Tensor, B: int, H: int, Mq: int, Mk: int) -> tuple[Tensor, 
 
 
 def _tile(length: int) -> int:
-    # At least 32: then each thread has an element, and none of _spread's and _gather's atomics is done twice.
+    # At least a warp's threads: were there fewer keys, _spread and _gather might count some twice.
     return min(KEYS, max(32, triton.next_power_of_2(length)))
 
 
 def _score_tile(groups: int, S: int, Mk: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Query and key blocks, and warps, of a program of _scores. Larger ones read less, smaller ones are more."""
-    if dtype == torch.float32:  # without tensor cores
-        return 16, 32, 4
+    """Query and key blocks of a program of _scores, and its warps."""
+    if dtype == torch.float32:  # without tensor cores; larger ones spill registers
+        return 16, 32, 8
+    # Large ones read less, but must be enough to fill a GPU several times.
     return (64, 128, 8) if groups * triton.cdiv(S, 64) * triton.cdiv(Mk, 128) >= 512 else (32, 64, 4)
 
 
@@ -114,8 +112,8 @@ def _score_tile(groups: int, S: int, Mk: int, dtype: torch.dtype) -> tuple[int, 
 def _append(b_kept, b_n, o_key, p_row):
     """Writes the keys that b_kept [R, N] marks behind the b_n [R] that rows p_row [R] have; the new b_n."""
     b_one = b_kept.to(tl.int32)  # [R, N]
-    b_at = b_n[:, None] + tl.cumsum(b_one, 1) - 1  # [R, N]
-    tl.store(p_row[:, None] + b_at, tl.broadcast_to(o_key[None, :], b_at.shape), mask=b_kept)
+    b_at = tl.where(b_kept, b_n[:, None] + tl.cumsum(b_one, 1) - 1, -1)  # [R, N]
+    tl.store(p_row[:, None] + b_at, tl.broadcast_to(o_key[None, :], b_at.shape), mask=b_at >= 0)
     return b_n + tl.sum(b_one, 1)
 
 
@@ -168,10 +166,10 @@ def _rank(count, order, group, total, T: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["H", "slices", "S", "Mk", "cleared"])
-def _scores(q, k, local, scores, partial, tally, sqb, sqh, sqm, sqd, skb, skh, skm, skd, sl0, sl1, H, slices, S,
-            Mk, pitch, cleared, scale, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    """One program: scores of R query blocks of a group (a head's slice) with N key blocks, -inf where not allowed,
-    and of each row the largest and the sum of exponentials. Clears what the next kernels count in.
+def _scores(q, k, local, scores, tally, sqb, sqh, sqm, sqd, skb, skh, skm, skd, sl0, sl1, H, slices, S, Mk,
+            pitch, cleared, scale, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """One program: scores of R query blocks of a group with N key blocks, -inf where not allowed. All of them
+    together clear what the next kernels count in, tally.
     """
     T: tl.constexpr = q.dtype.element_ty
     i_part, i_tile, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -184,131 +182,139 @@ def _scores(q, k, local, scores, partial, tally, sqb, sqh, sqm, sqd, skb, skh, s
     p_k = k + i_b * skb + i_h * skh + o_key[None, :].to(tl.int64) * skm + o_d[:, None] * skd
     b_q = tl.load(p_q, mask=m_row[:, None] & m_d[None, :], other=0.0)  # [R, W]
     b_k = tl.load(p_k, mask=m_d[:, None] & m_key[None, :], other=0.0)  # [W, N]
-    b_local = tl.load(local + o_row[:, None] * sl0 + (o_key % S)[None, :] * sl1,
-                      mask=m_row[:, None] & m_key[None, :], other=0)  # [R, N]
+    # Keys first: where the compiler sees nothing contiguous, a warp takes neighbours of the first dimension.
+    p_local = local + (o_key % S)[:, None] * sl1 + o_row[None, :] * sl0
+    b_local = tl.load(p_local, mask=m_key[:, None] & m_row[None, :], other=0)  # [N, R]
+    # Rounded as torch.matmul rounds it, and again after scaling.
+    b_s = tl.dot(b_q, b_k, input_precision="ieee").to(T).to(tl.float32)  # [R, N]
+    b_s = tl.where(tl.trans(b_local) != 0, (b_s * scale).to(T).to(tl.float32), -float("inf")).to(T)
+    p_scores = scores + (i_group.to(tl.int64) * S + o_row)[:, None] * pitch + o_key[None, :]
+    tl.store(p_scores, b_s, mask=m_row[:, None])
     i_program = (i_group * tl.num_programs(1) + i_tile) * parts + i_part
     for j in range(i_program * 512, cleared, groups * tl.num_programs(1) * parts * 512):
         o_tally = j + tl.arange(0, 512)
         tl.store(tally + o_tally, tl.zeros([512], tl.int32), mask=o_tally < cleared)
-    # Rounded as torch.matmul rounds it, and again after scaling.
-    b_s = tl.dot(b_q, b_k, input_precision="ieee").to(T).to(tl.float32)  # [R, N]
-    b_s = tl.where(b_local != 0, (b_s * scale).to(T).to(tl.float32), -float("inf"))
-    tl.store(scores + (i_group.to(tl.int64) * S + o_row)[:, None] * pitch + o_key[None, :], b_s.to(T),
-             mask=m_row[:, None])
-    b_max = tl.max(b_s, 1)  # [R]
-    b_from = tl.where(b_max == -float("inf"), 0.0, b_max)  # [R], -inf - -inf is NaN
-    b_sum = tl.sum(tl.exp2((b_s - b_from[:, None]) * LOG2_E), 1)  # [R]
-    p_partial = partial + (i_group * parts + i_part) * S + o_row
-    tl.store(p_partial, b_max, mask=m_row)
-    tl.store(p_partial + groups * parts * S, b_sum, mask=m_row)
 
 
 @triton.jit
-def _keys(scores, b_max, b_log, o_list, m_row, o_key, Mk, pitch):
-    """Keys of probabilities [R, N], 0 outside: at the end of the ranking, behind every rank that is asked for.
+def _rows(S, R: tl.constexpr):
+    """The R query blocks of a program: whether they are there, and their numbers among all."""
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    return o_row < S, tl.program_id(1).to(tl.int64) * S + o_row
 
-    b_max, b_log: [R], of the row's scores the largest and log2 of the sum of exponentials
+
+@triton.jit
+def _load(scores, o_list, m_row, o_key, pitch):
+    return tl.load(scores + o_list[:, None] * pitch + o_key[None, :],
+                   mask=m_row[:, None] & (o_key < pitch)[None, :], other=-float("inf"))  # [R, N]
+
+
+@triton.jit
+def _keys(b_s, b_max, b_log, m_row, o_key, Mk):
+    """Keys [R, N] from scores b_s [R, N]; b_max, b_log: [R], each row's largest and the logarithm of its sum of
+    exponentials. Outside they are 0: at the end of the ranking, behind every rank that is asked for.
     """
-    b_s = tl.load(scores + o_list[:, None] * pitch + o_key[None, :], mask=m_row[:, None] & (o_key < pitch)[None, :],
-                  other=0.0).to(tl.float32)  # [R, N]
-    # NaN in a row without a key, as softmax has it. An FMA by name: each kernel must get the same bits.
-    b_p = tl.exp2(tl.fma(b_s - b_max[:, None], LOG2_E, -b_log[:, None]))  # [R, N]
+    # NaN in a row without a key, as softmax has it.
+    b_p = tl.exp(b_s.to(tl.float32) - b_max[:, None] - b_log[:, None])  # [R, N]
     b_key = tl.where(b_p == b_p, b_p.to(tl.int32, bitcast=True), NOT_A_NUMBER)
     return tl.where(m_row[:, None] & (o_key < Mk)[None, :], b_key, 0)
 
 
-@triton.jit(do_not_specialize=["S", "Mk", "parts"])
-def _spread(scores, partial, softmax, hist, S, Mk, pitch, parts, P: tl.constexpr, R: tl.constexpr,
-            N: tl.constexpr):
-    """One program: softmax of R query blocks of a group from its parts, and their keys in the group's histogram."""
-    i_group = tl.program_id(1)
-    o_row, o_part = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, P)
-    m_row = o_row < S
-    o_list = i_group.to(tl.int64) * S + o_row
-    p_max = partial + i_group * parts * S + o_row
-    p_sum = p_max + tl.num_programs(1) * parts * S
+@triton.jit(do_not_specialize=["S", "Mk"])
+def _spread(scores, softmax, hist, S, Mk, pitch, R: tl.constexpr, N: tl.constexpr):
+    """One program: softmax of R query blocks of a group, and their keys in the group's histogram."""
+    m_row, o_list = _rows(S, R)
     b_max = tl.full([R], -float("inf"), tl.float32)  # [R]
     b_sum = tl.zeros([R], tl.float32)  # [R]
-    for j in range(0, parts, P):
-        m_part = m_row[:, None] & (j + o_part < parts)[None, :]
-        b_part = tl.load(p_max[:, None] + (j + o_part)[None, :] * S, mask=m_part, other=-float("inf"))  # [R, P]
-        b_max = tl.maximum(b_max, tl.max(b_part, 1))
-    for j in range(0, parts, P):
-        m_part = m_row[:, None] & (j + o_part < parts)[None, :]
-        o_at = (j + o_part)[None, :] * S
-        b_part = tl.load(p_max[:, None] + o_at, mask=m_part, other=-float("inf"))  # [R, P]
-        b_scale = tl.exp2((b_part - b_max[:, None]) * LOG2_E)
-        b_sum += tl.sum(tl.load(p_sum[:, None] + o_at, mask=m_part, other=0.0) * b_scale, 1)
-    b_log = tl.log2(b_sum)  # [R]
+    for j in range(0, Mk, N):
+        b_s = _load(scores, o_list, m_row, j + tl.arange(0, N), pitch).to(tl.float32)  # [R, N]
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))  # [R]
+        b_from = tl.where(b_new == -float("inf"), 0.0, b_new)  # [R], no key yet: -inf - -inf is NaN
+        b_sum = b_sum * tl.exp(b_max - b_from) + tl.sum(tl.exp(b_s - b_from[:, None]), 1)
+        b_max = b_new
+    b_log = tl.log(b_sum)  # [R]
     tl.store(softmax + o_list, b_max, mask=m_row)
     tl.store(softmax + tl.num_programs(1) * S + o_list, b_log, mask=m_row)
     for j in range(0, Mk, N):
-        b_key = _keys(scores, b_max, b_log, o_list, m_row, j + tl.arange(0, N), Mk, pitch)  # [R, N]
-        tl.atomic_add(hist + i_group * BINS + (b_key >> TOP), 1, mask=b_key > 0, sem="relaxed")
+        o_key = j + tl.arange(0, N)
+        b_s = _load(scores, o_list, m_row, o_key, pitch)  # [R, N]
+        b_key = tl.reshape(_keys(b_s, b_max, b_log, m_row, o_key, Mk), [R * N], can_reorder=True)
+        tl.atomic_add(hist + tl.program_id(1) * BINS + (b_key >> TOP), 1, mask=b_key > 0, sem="relaxed")
 
 
 @triton.jit
-def _digit(b_n, rank):
-    """Digit of the key with a given rank from the top, if b_n [digits] keys have each, and its rank among those
-    with this digit; 0 and the same rank if there are no more than rank keys.
+def _digit(b_n, rank, N: tl.constexpr):
+    """Digit of the key before which there are rank larger ones, if b_n [N] keys have each digit, and how many of
+    those have the same. The digit is 0 if there are no more than rank keys.
     """
-    b_above = tl.sum(b_n, 0) - tl.cumsum(b_n, 0)  # [digits], keys of a larger digit
-    b_here = (b_above <= rank) & (rank < b_above + b_n)  # [digits], true once at most
-    o_digit = tl.arange(0, b_n.shape[0])
-    return tl.sum(tl.where(b_here, o_digit, 0), 0), rank - tl.sum(tl.where(b_here, b_above, 0), 0)
+    o_digit = tl.arange(0, N)
+    b_above = tl.cumsum(b_n, 0, reverse=True) - b_n  # [N], keys of a larger digit: falls to 0
+    # The smallest digit with at most rank above it: the most above, the smallest of those with as many.
+    b_both = tl.where(b_above <= rank, b_above.to(tl.int64) * N + (N - 1 - o_digit), -1)  # [N]
+    both = tl.max(b_both, 0)
+    return N - 1 - (both % N).to(tl.int32), rank - (both // N).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["S", "Mk", "rank"])
 def _gather(scores, softmax, hist, found, candidates, state, S, Mk, pitch, rank, R: tl.constexpr,
             N: tl.constexpr):
-    """One program: the first digit of a group's threshold, and the candidates in a part of its rows."""
+    """One program: the first digit of a group's threshold, and the candidates in R of its query blocks."""
     i_group = tl.program_id(1)
+    m_row, o_list = _rows(S, R)
+    b_max = tl.load(softmax + o_list, mask=m_row, other=0.0)  # [R]
+    b_log = tl.load(softmax + tl.num_programs(1) * S + o_list, mask=m_row, other=0.0)  # [R]
+    b_s = _load(scores, o_list, m_row, tl.arange(0, N), pitch)  # [R, N], arrives while the digit is found
     o_bin = tl.arange(0, 64)
     p_hist = hist + i_group * BINS
-    upper, rank = _digit(tl.sum(tl.load(p_hist + o_bin[:, None] * 64 + o_bin[None, :]), 1), rank)
-    lower, rank = _digit(tl.load(p_hist + upper * 64 + o_bin), rank)
+    upper, rank = _digit(tl.sum(tl.load(p_hist + o_bin[:, None] * 64 + o_bin[None, :]), 1), rank, 64)
+    lower, rank = _digit(tl.load(p_hist + upper * 64 + o_bin), rank, 64)
     digit = upper * 64 + lower
     if tl.program_id(0) == 0:
         tl.store(state + i_group * 2, digit)
         tl.store(state + i_group * 2 + 1, rank)
-    for i in range(tl.program_id(0) * R, S, tl.num_programs(0) * R):
-        o_row = i + tl.arange(0, R)
-        m_row = o_row < S
-        o_list = i_group.to(tl.int64) * S + o_row
-        b_max = tl.load(softmax + o_list, mask=m_row, other=0.0)  # [R]
-        b_log = tl.load(softmax + tl.num_programs(1) * S + o_list, mask=m_row, other=0.0)  # [R]
-        for j in range(0, Mk, N):
-            b_key = _keys(scores, b_max, b_log, o_list, m_row, j + tl.arange(0, N), Mk, pitch)  # [R, N]
-            m_key = (b_key > 0) & (b_key >> TOP == digit)
-            b_at = tl.atomic_add(found + i_group + b_key * 0, 1, mask=m_key, sem="relaxed")  # [R, N], in any order
-            tl.store(candidates + i_group.to(tl.int64) * S * Mk + b_at, b_key, mask=m_key)
+    for j in range(0, Mk, N):
+        o_key = j + tl.arange(0, N)
+        b_key = tl.reshape(_keys(b_s, b_max, b_log, m_row, o_key, Mk), [R * N], can_reorder=True)
+        if j + N < Mk:
+            b_s = _load(scores, o_list, m_row, o_key + N, pitch)
+        m_key = (b_key > 0) & (b_key >> TOP == digit)
+        b_at = tl.atomic_add(found + i_group + b_key * 0, 1, mask=m_key, sem="relaxed")  # [R * N]
+        tl.store(candidates + i_group.to(tl.int64) * S * Mk + b_at, b_key, mask=m_key)
+
+
+@triton.jit
+def _count_digits(b_key, m_key, above, SHIFT: tl.constexpr):
+    """How many of the keys whose upper digits are as given have each next digit."""
+    m_key = m_key & (b_key >> (SHIFT + BITS) == above)
+    return tl.histogram((b_key >> SHIFT) & (DIGITS - 1), DIGITS, mask=m_key)
 
 
 @triton.jit(do_not_specialize=["S", "Mk"])
 def _select(scores, softmax, found, candidates, state, index, count, S, Mk, pitch, C: tl.constexpr,
             R: tl.constexpr, N: tl.constexpr):
-    """One program finds the threshold of a group and makes the lists of R of its query blocks: the keys above."""
+    """One program: the threshold of a group and the lists of R of its query blocks, of the keys above."""
     i_group = tl.program_id(1)
-    threshold, rank = tl.load(state + i_group * 2), tl.load(state + i_group * 2 + 1)
-    n = tl.load(found + i_group)
-    for level in tl.static_range(3):
-        SHIFT: tl.constexpr = TOP - BITS * (level + 1)
-        b_hist = tl.zeros([DIGITS], tl.int32)  # [digits]
-        for j in range(0, n, C):
-            o_at = j + tl.arange(0, C)
-            b_key = tl.load(candidates + i_group.to(tl.int64) * S * Mk + o_at, mask=o_at < n, other=-1)  # [C]
-            b_hist += tl.histogram((b_key >> SHIFT) & (DIGITS - 1), DIGITS,
-                                   mask=(b_key >> (SHIFT + BITS)) == threshold)
-        digit, rank = _digit(b_hist, rank)
-        threshold = threshold * DIGITS + digit
-    o_row = tl.program_id(0) * R + tl.arange(0, R)
-    m_row = o_row < S
-    o_list = i_group.to(tl.int64) * S + o_row
+    m_row, o_list = _rows(S, R)
     b_max = tl.load(softmax + o_list, mask=m_row, other=0.0)  # [R]
     b_log = tl.load(softmax + tl.num_programs(1) * S + o_list, mask=m_row, other=0.0)  # [R]
+    b_s = _load(scores, o_list, m_row, tl.arange(0, N), pitch)  # [R, N], as in _gather
+    o_at = tl.arange(0, C)
+    p_candidates = candidates + i_group.to(tl.int64) * S * Mk + o_at
+    b_first = tl.load(p_candidates, mask=o_at < S * Mk, other=0)  # [C], most often all there are
+    threshold, rank = tl.load(state + i_group * 2), tl.load(state + i_group * 2 + 1)
+    n = tl.load(found + i_group)
+    for SHIFT in tl.static_range(TOP - BITS, -1, -BITS):
+        b_hist = _count_digits(b_first, o_at < n, threshold, SHIFT)  # [DIGITS]
+        for j in range(C, n, C):
+            b_key = tl.load(p_candidates + j, mask=j + o_at < n, other=0)  # [C]
+            b_hist += _count_digits(b_key, j + o_at < n, threshold, SHIFT)
+        digit, rank = _digit(b_hist, rank, DIGITS)
+        threshold = threshold * DIGITS + digit
     b_n = tl.zeros([R], tl.int32)  # [R]
     for j in range(0, Mk, N):
         o_key = j + tl.arange(0, N)
-        b_key = _keys(scores, b_max, b_log, o_list, m_row, o_key, Mk, pitch)  # [R, N]
+        b_key = _keys(b_s, b_max, b_log, m_row, o_key, Mk)  # [R, N]
+        if j + N < Mk:
+            b_s = _load(scores, o_list, m_row, o_key + N, pitch)
         b_n = _append((b_key > threshold) & (b_key < NOT_A_NUMBER), b_n, o_key, index + o_list * Mk)
     tl.store(count + o_list, b_n, mask=m_row)

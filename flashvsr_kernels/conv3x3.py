@@ -21,9 +21,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     upsample: 2 doubles the picture (nearest neighbour) before the convolution, as upsample_conv with weights
        folded in each call
     residual: (N, upsample * H, upsample * W, O), added before relu
-    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), both bf16 and fp16; "cpu" (C++); "reference"
-       (PyTorch); None for the first of them that can run the call. All but the reference want contiguous
-       pictures and weights in memory format channels_last.
+    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), both bf16 and fp16; "cpu" (C++, float32 and bf16);
+       "reference" (PyTorch); None for the first of them that can run the call. All but the reference want
+       contiguous pictures and weights in memory format channels_last.
     Returns (N, upsample * H, upsample * W, O), contiguous. Differentiable in all tensors.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.
@@ -154,7 +154,9 @@ def _layout(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
 def _cpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     if x.device.type != "cpu":
         return f"runs on a CPU, x is on {x.device}"
-    return f"has no {x.dtype}" if x.dtype != torch.float32 else _layout(x, weight, *others)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"has no {x.dtype}"
+    return _layout(x, weight, *others)
 
 
 def _gpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
@@ -175,8 +177,8 @@ def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str |
 for _op in "conv3x3", "upsample_conv":
     register(_op, Backend("hopper", partial(_run_hopper, _op), _triton.hopper_available, _hopper_supports),
              Backend("triton", partial(_run_triton, _op), _triton.available, _gpu_supports),
-             Backend("reference", partial(_run_reference, _op)),
-             Backend("cpu", partial(_run_cpu, _op), partial(_cpu_available, _op), _cpu_supports))
+             Backend("cpu", partial(_run_cpu, _op), partial(_cpu_available, _op), _cpu_supports),
+             Backend("reference", partial(_run_reference, _op)))
 
 _lib.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
             "str? backend) -> Tensor")

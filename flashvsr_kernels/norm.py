@@ -95,7 +95,8 @@ def _gpu_supports(*call: Tensor | float | None) -> str | None:
         return f"rows must have 1 to {WIDEST} channels, x is {tuple(x.shape)}"
     for tensor in call:
         if isinstance(tensor, Tensor) and not _evenly_spaced(tensor):
-            return f"rows must be contiguous and evenly spaced, strides of a {tuple(tensor.shape)} are {tensor.stride()}"
+            return ("rows must be contiguous and evenly spaced, "
+                    f"strides of a {tuple(tensor.shape)} are {tensor.stride()}")
     return None
 
 

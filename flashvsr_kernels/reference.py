@@ -259,7 +259,9 @@ def bicubic_taps(device: torch.device) -> Tensor:
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: Sequence[int],
              out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top, left, height, width = box
-    rgb = conv3x3(x, weight, bias, None, None, False)[:, top:top + height, left:left + width]
+    kind = torch.promote_types(x.dtype, out_dtype)  # rounded once, if at all
+    rgb = conv3x3(x.to(kind), weight.to(kind), bias.to(kind), None, None, False)
+    rgb = rgb[:, top:top + height, left:left + width]
     rgb = rgb.to(out_dtype, memory_format=torch.contiguous_format, copy=True)
     return rgb, color_moments(2 * rgb.double() - 1)
 

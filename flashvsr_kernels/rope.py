@@ -94,7 +94,8 @@ def _check(x: Tensor, parts: int, tables: Tables, head_dim: int, **weights: Tens
             raise ValueError(f"tables must be torch.complex64 on {x.device}, got {table.dtype} on {table.device}")
     for which, weight in weights.items():
         if weight.dtype != x.dtype or weight.device != x.device:
-            raise ValueError(f"{which} must be {x.dtype} on {x.device} as {name}, got {weight.dtype} on {weight.device}")
+            raise ValueError(f"{which} must be {x.dtype} on {x.device} as {name}, "
+                             f"got {weight.dtype} on {weight.device}")
     return B, L, width // parts // head_dim, head_dim
 
 

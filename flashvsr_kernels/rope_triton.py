@@ -118,7 +118,8 @@ def _rope(x, q_weight, k_weight, t, h, w, q, k, v, q_mean, k_mean, sxb, sxl, sqb
         b_new = ()
         for j in tl.static_range(H):
             # Rounded where PyTorch rounds, so that the selection of blocks sees the same means.
-            b = ((b_x[j].to(tl.float32) * b_scale).to(T).to(tl.float32) * b_w[j].to(tl.float32)).to(T).to(tl.float32)  # [R, D]
+            b = (b_x[j].to(tl.float32) * b_scale).to(T).to(tl.float32)  # [R, D]
+            b = (b * b_w[j].to(tl.float32)).to(T).to(tl.float32)
             b_re, b_im = tl.split(tl.reshape(b, [R, D // 2, 2]))  # [R, D / 2]
             b = tl.join(b_re * b_cos - b_im * b_sin, b_re * b_sin + b_im * b_cos)
             b_y = tl.reshape(b, [R, D]).to(T)  # [R, D]

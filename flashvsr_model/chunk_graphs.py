@@ -35,7 +35,8 @@ class ChunkGraphs:
                 inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
         began = time.perf_counter()
         places, graph = [torch.empty_like(value) for value in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: a thread that fetches earlier results meanwhile is not in the recording's way
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = compute(*places)
         self._pool = graph.pool()
         self.seconds += time.perf_counter() - began

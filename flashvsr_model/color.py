@@ -1,6 +1,9 @@
 """Giving the result the colours of its input."""
+import functools
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor, tensor
+from torch import Tensor
 
 EPS = 1e-5
 LEVELS = 5
@@ -37,10 +40,16 @@ def _coarse(x: Tensor) -> Tensor:
     """What is left of x after five à-trous smoothings by [1 2 1] / 4 in both directions, borders replicated.
     """
     x = x.permute(0, 3, 1, 2)
-    taps = tensor([1.0, 2.0, 1.0], device=x.device) / 4
+    taps = _taps(x.device)
     across, down = taps.view(1, 1, 1, 3).expand(3, 1, 1, 3), taps.view(1, 1, 3, 1).expand(3, 1, 3, 1)
     for level in range(LEVELS):
         step = 2 ** level
         x = F.conv2d(F.pad(x, (step, step, 0, 0), mode="replicate"), across, dilation=step, groups=3)
         x = F.conv2d(F.pad(x, (0, 0, step, step), mode="replicate"), down, dilation=step, groups=3)
     return x.permute(0, 2, 3, 1)
+
+
+@functools.cache
+def _taps(device: torch.device) -> Tensor:
+    """Kept, as a CUDA graph cannot record their way to the device."""
+    return torch.tensor([1.0, 2.0, 1.0], device=device) / 4

@@ -128,9 +128,11 @@ class StreamState:
     """The memory of one stream, allocated once: its size does not depend on how long the stream is."""
 
     def __init__(self, config: FlashVSRConfig, height: int, width: int, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", out_dtype: torch.dtype = torch.uint8):
+                 device: torch.device | str = "cpu", out_dtype: torch.dtype = torch.uint8,
+                 graphs: bool = False):
         """height, width: of the input    dtype: of the model
         out_dtype: of the frames that come out, uint8 or float32
+        graphs: whether steady chunks are recorded as CUDA graphs
         """
         if out_dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"out_dtype must be torch.uint8 or torch.float32, got {out_dtype}")
@@ -144,7 +146,9 @@ class StreamState:
         self.kv = KVRing(made["keys"], made["values"], made["means"])
         self.lq_tail = [made["lq.0"], made["lq.1"]]
         self.decoder = [[made[f"decoder.{3 * stage + i}"] for i in range(3)] for stage in range(3)]
-        self.graphs = ChunkGraphs() if self.kv.keys.is_cuda else None
+        if graphs and not self.kv.keys.is_cuda:
+            raise ValueError(f"graphs need a CUDA device, the model is on {self.kv.keys.device}")
+        self.graphs = ChunkGraphs() if graphs else None
         self.reset()
 
     def reset(self) -> None:
@@ -155,6 +159,7 @@ class StreamState:
         self.chunk = 0
         self.time = 0                       # rotary position of the next latent
         self.flushed = False
+        self.noise: Tensor | None = None    # of the next chunk, if it has been drawn
         self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
         for memory in (*self.lq_tail, *itertools.chain(*self.decoder)):
@@ -162,7 +167,8 @@ class StreamState:
 
     def keep(self, lq_tail: list[Tensor], decoder: list[list[Tensor]]) -> None:
         """Takes over what the projector and the decoder remember; lq_tail is empty in v1."""
-        for memory, new in (*zip(self.lq_tail, lq_tail), *zip(itertools.chain(*self.decoder), itertools.chain(*decoder))):
+        for memory, new in zip((*self.lq_tail[:len(lq_tail)], *itertools.chain(*self.decoder)),
+                               (*lq_tail, *itertools.chain(*decoder)), strict=True):
             memory.copy_(new)
 
     def memory(self) -> int:

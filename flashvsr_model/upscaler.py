@@ -17,7 +17,7 @@ from .config import (FIRST_FRAMES, FIRST_LATENTS, LATENT_FRAMES, LOOKAHEAD, SCAL
                      SLICE_FRAMES, TILE, FlashVSRConfig)
 from .decoder import Decoder
 from .dit import DiT
-from .fuse import fuse_decoder, fuse_dit, fuse_lq
+from .fuse import fuse_decoder, fuse_dit, fuse_lq, round_taps
 from .lq_proj import LQProjector
 from .state import Geometry, StreamState
 
@@ -51,7 +51,7 @@ class StreamingUpscaler:
         with torch.device("meta"):
             parts = DiT(config), LQProjector(config), Decoder(config)
         for part, state in zip(parts, (fuse_dit(config, tensors), fuse_lq(config, tensors), fuse_decoder(tensors))):
-            part.load_state_dict({name: t.detach().to(device, dtype) for name, t in state.items()},
+            part.load_state_dict({name: round_taps(t.detach().to(device), dtype) for name, t in state.items()},
                                  strict=True, assign=True)
             part.requires_grad_(False).eval()
         for part in parts[1:]:  # channels last, as pictures and clips are
@@ -60,18 +60,20 @@ class StreamingUpscaler:
                     p.data = p.data.contiguous(memory_format=FORMATS[p.ndim])
         return cls(config, *parts)
 
-    def new_state(self, height: int, width: int, *, out_dtype: torch.dtype = torch.uint8) -> StreamState:
+    def new_state(self, height: int, width: int, *, out_dtype: torch.dtype = torch.uint8,
+                  graphs: bool = False) -> StreamState:
         """Memory for one stream of frames of that (input) size; see StreamState.plan for what it takes.
 
-        out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits.
-        Raises ValueError if the size is under 16x16, or too large for sparse_ratio.
+        out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits
+        graphs: record steady chunks as CUDA graphs, one for each slot of the K/V ring: less work for the host
+        Raises ValueError if the size is under 16x16, or too large for sparse_ratio, or for graphs without CUDA.
         """
         g = Geometry.of(height, width, self.config.margin)
         if self.config.topk(g.padded_height, g.padded_width) < 1:
             raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at "
                              f"{width}x{height}; raise it")
         return StreamState(self.config, height, width, dtype=self.dtype, device=self.device,
-                           out_dtype=out_dtype)
+                           out_dtype=out_dtype, graphs=graphs)
 
     def push(self, state: StreamState, frames: Tensor | np.ndarray | Iterable[np.ndarray]) -> Tensor:
         """Takes frames, gives those that are ready: 21 after the first 25, then 8 for every 8.
@@ -134,14 +136,19 @@ class StreamingUpscaler:
             state.kv.shift_time(state.time - now, self.config.rope_split[0])
             state.time = now
         state.kv.begin(latents // 2, g.slice_blocks)
-        noise = self.noise(state.chunk, (batch, self.config.latent_channels, latents, g.padded_height // 8,
-                                         g.padded_width // 8))
+        noise = self._noise(state, batch) if state.noise is None else state.noise
         return noise, self._time_table[state.time:state.time + latents]
 
     def _end(self, state: StreamState) -> None:
         state.time += 2 if state.chunk else FIRST_LATENTS
         state.chunk += 1
         state.kv.end()
+        state.noise = None
+
+    def _noise(self, state: StreamState, batch: int) -> Tensor:
+        g, latents = state.geometry, 2 if state.chunk else FIRST_LATENTS
+        return self.noise(state.chunk, (batch, self.config.latent_channels, latents, g.padded_height // 8,
+                                        g.padded_width // 8))
 
     def _run(self, state: StreamState, frames: Tensor, noise: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """step's work on the device; of the host's part of state only whether this is the first chunk matters, and the
@@ -218,6 +225,7 @@ class StreamingUpscaler:
         else:
             done = torch.cat(self._compute(state, frames, noise, times))
         self._end(state)
+        state.noise = self._noise(state, 1)  # drawn while the device works
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
         state.held = LOOKAHEAD
         state.ready.append(done)

@@ -24,4 +24,6 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
     yield
+    if torch.cuda.is_available():  # several processes may share the card
+        torch.cuda.empty_cache()
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -20,7 +20,7 @@ SIZES = {"66x264": (1, 1, 128, 6, 11, 11, 1, 4, 7919), "two batches, 3 slices": 
          "budget 1": (1, 3, 64, 2, 2, 2, 1, 3, 1),
          "budget beyond the pairs": (1, 2, 64, 3, 2, 3, 1, 2, 10 ** 10),
          "budget one below the pairs": (1, 2, 64, 3, 2, 9, 1, 2, 71),
-         "parts taken in turn": (1, 1, 64, 10, 13, 11, 1, 4, 15_599)}
+         "more keys than a tile": (1, 1, 64, 10, 13, 11, 1, 4, 15_599)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -113,7 +113,7 @@ def test_selection(device, size, dtype, exact):
 
 
 @on_each_device
-@pytest.mark.parametrize("tile", [(16, 32), (16, 128), (32, 64)], ids=lambda x: "x".join(map(str, x)))
+@pytest.mark.parametrize("tile", [(16, 32, 8), (32, 64, 4), (64, 128, 8)], ids=lambda x: f"{x[0]}x{x[1]}")
 def test_every_tile(device, tile, monkeypatch):
     monkeypatch.setattr(block_mask_triton, "_score_tile", lambda *call: tile)
     call = make(1, 1, 64, 7, 10, 5, 1, 2, 3000, torch.float16, device, exact=True)
@@ -161,6 +161,29 @@ def test_all_scores_equal(device, window, topk):
     kept = BlockMask(*block_mask_triton.lcsa_mask(q, k, local, 1, topk), 24).to_dense()
     assert torch.equal(kept, reference.lcsa_mask(q, k, local, 1, topk))
     assert kept.any() == (window != 9)
+
+
+@on_each_device
+@pytest.mark.parametrize("topk", [1, 300, 1151, 10 ** 6])
+def test_more_candidates_than_a_chunk(device, topk):
+    """Probabilities so close that all have one first digit: the others tell them apart, chunk by chunk."""
+    q, k = torch.randn(1, 2, 24, 64) / 1000, torch.randn(1, 2, 48, 64)
+    call = q.to(device), k.to(device), torch.ones(24, 24, dtype=torch.bool, device=device), 1, topk
+    p = (q @ k.transpose(-1, -2) / 8).softmax(-1)
+    assert len((p.view(torch.int32) >> block_mask_triton.TOP.value).unique()) == 1
+    assert p[0, 0].numel() > 4 * block_mask_triton.CHUNK
+    lists = block_mask_triton.lcsa_mask(*call)
+    check_selection(lists, *call, ulps=0)
+    left_out = min(topk, 1151) - lists[1].sum((0, 2))  # only those that are equal in float32
+    assert ((left_out >= 0) & (left_out <= 3)).all()
+
+
+@on_each_device
+def test_probability_too_small_for_a_normal_number_is_kept(device):
+    q, k = torch.zeros(1, 1, 1, 64, device=device), torch.zeros(1, 1, 4, 64, device=device)
+    q[..., 0], k[0, 0, :, 0] = 8, torch.tensor([200, 110, 103, 0], device=device)  # exp of 0, -90, -97, -200
+    index, count, order = block_mask_triton.lcsa_mask(q, k, local_window(1, 1, 1, device=device), 1, 3)
+    assert (count.item(), index[0, 0, 0, :3].tolist()) == (3, [0, 1, 2])
 
 
 @on_each_device

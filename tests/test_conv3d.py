@@ -71,8 +71,7 @@ def test_weights_folded_for_a_clip_that_is_its_own_context(dtype):
 def test_gradients(taps, norm):
     call = [value if value is None else value.requires_grad_() for value in make(T=2, H=2, W=3, C=2, O=3, taps=taps)]
     gamma = torch.rand(3, dtype=torch.float64).add(0.5).requires_grad_() if norm else None
-    assert torch.autograd.gradcheck(lambda x, weight, bias, tail, gamma: causal_conv3d(x, weight, bias, tail, gamma=gamma),
-                                    (*call, gamma))
+    assert torch.autograd.gradcheck(lambda *call: causal_conv3d(*call[:4], gamma=call[4]), (*call, gamma))
 
 
 def test_gradients_of_what_needs_them():

@@ -19,8 +19,8 @@ from tests.other_work import other_work
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # B, T, H, W, C, O
-SHAPES = {"whole tiles": (1, 2, 32, 16, 64, 128), "partial tiles": (2, 4, 19, 13, 72, 200), "least": (1, 2, 16, 8, 8, 8),
-          "odd number of tiles": (1, 2, 48, 8, 64, 264)}
+SHAPES = {"whole tiles": (1, 2, 32, 16, 64, 128), "partial tiles": (2, 4, 19, 13, 72, 200),
+          "least": (1, 2, 16, 8, 8, 8), "odd number of tiles": (1, 2, 48, 8, 64, 264)}
 REFUSAL = backends()["causal_conv3d"]["hopper"]
 WAYS = {"pixels": dict(PT=2, OT=1, WS=6), "channels": dict(PT=1, OT=2, WS=5)}
 

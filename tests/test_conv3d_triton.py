@@ -14,8 +14,8 @@ from tests.error_rule import check
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # B, T, H, W, C, O
-SHAPES = {"whole tiles": (1, 4, 8, 16, 64, 128), "partial tiles": (2, 2, 7, 11, 40, 96), "one pixel": (1, 2, 1, 1, 8, 8),
-          "odd": (1, 2, 5, 3, 7, 5), "wide": (1, 2, 2, 70, 32, 300)}
+SHAPES = {"whole tiles": (1, 4, 8, 16, 64, 128), "partial tiles": (2, 2, 7, 11, 40, 96),
+          "one pixel": (1, 2, 1, 1, 8, 8), "odd": (1, 2, 5, 3, 7, 5), "wide": (1, 2, 2, 70, 32, 300)}
 
 
 @pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),

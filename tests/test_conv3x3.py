@@ -72,6 +72,7 @@ def test_folded_taps():
         window = padded[n, ty + py:ty + py + 3, tx + px:tx + px + 4]
         expected[n * 2 + t, py::2, px::2] += window @ folded[t, py, px, :, ty, tx].T
     torch.testing.assert_close(upsample_conv(x, folded), expected)
+    torch.testing.assert_close(upsample_conv(x, folded, relu=True), expected.relu())
 
 
 @pytest.mark.parametrize("T", [None, 2], ids=["enlarged", "grown"])
@@ -107,7 +108,8 @@ def test_gradients(tail, past, upsample):
 def test_gradients_of_folding(T):
     shapes = [(2, 2, 3, 3), (2, 3, 3, 3)] + ([] if T is None else [(3 * T, 3)])
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    torch.autograd.gradcheck(lambda x, *weights: upsample_conv(x, fold_upsample(*weights)), leaves)
+    for relu in (False, True):
+        torch.autograd.gradcheck(lambda x, *weights: upsample_conv(x, fold_upsample(*weights), relu=relu), leaves)
 
 
 def test_only_wanted_gradients():
@@ -145,7 +147,7 @@ def test_operators_are_registered_right(placed, training):
         torch.library.opcheck(torch.ops.flashvsr.conv3x3.default, call)
     x = torch.randn(2, 4, 5, 8, **placed, requires_grad=training)
     folded = torch.randn(2, 2, 2, 16, 2, 2, 8, **placed, requires_grad=training)
-    torch.library.opcheck(torch.ops.flashvsr.upsample_conv.default, (x, folded, None))
+    torch.library.opcheck(torch.ops.flashvsr.upsample_conv.default, (x, folded, True, None))
 
 
 def block(x, weight, options, grow):

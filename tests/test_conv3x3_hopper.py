@@ -74,11 +74,11 @@ def check_conv3x3(*call):
         check(out[n:n + 1], reference.conv3x3(*one), reference.conv3x3(*wide(one)))
 
 
-def check_upsample_conv(x, folded):
-    out, T = conv3x3_hopper.upsample_conv(x, folded), len(folded)
+def check_upsample_conv(x, folded, relu):
+    out, T = conv3x3_hopper.upsample_conv(x, folded, relu), len(folded)
     assert out.shape == (len(x) * T, 2 * x.shape[1], 2 * x.shape[2], folded.shape[3]) and out.is_contiguous()
     for n in range(len(x)):
-        one = x[n:n + 1], folded
+        one = x[n:n + 1], folded, relu
         check(out[n * T:n * T + T], reference.upsample_conv(*one), reference.upsample_conv(*wide(one)))
 
 
@@ -144,10 +144,10 @@ def test_nan_that_is_read_shows(device, tiles):
     near[1, 3:6, 0:2] = True
     out = conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu)
     assert torch.equal(out.isnan(), near[..., None].expand(2, 9, 66, 64))
-    _, folded = make_folded(device, 2, 9, 66, 64, 64)
+    _, folded, _ = make_folded(device, 2, 9, 66, 64, 64)
     large = torch.zeros(4, 18, 132, dtype=torch.bool, device=device)
     large[2:, 7:11, 0:3] = True
-    out = conv3x3_hopper.upsample_conv(past, folded)
+    out = conv3x3_hopper.upsample_conv(past, folded, False)
     assert torch.equal(out.isnan(), large[..., None].expand(4, 18, 132, 64))
 
 
@@ -158,11 +158,11 @@ def test_bits_depend_neither_on_tiles_nor_on_other_pictures(device, monkeypatch)
     for preferred in True, False:
         monkeypatch.setattr(conv3x3_hopper, "prefers_wide", lambda *size: preferred)
         results.append((conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu),
-                        conv3x3_hopper.upsample_conv(x, folded)))
+                        conv3x3_hopper.upsample_conv(x, folded, False)))
     assert all(torch.equal(*pair) for pair in zip(*results))
     alone = conv3x3_hopper.conv3x3(x[1:], weight, bias, past[1:], residual[1:], relu)
     assert torch.equal(alone, results[0][0][1:])
-    assert torch.equal(conv3x3_hopper.upsample_conv(x[1:], folded), results[0][1][2:])
+    assert torch.equal(conv3x3_hopper.upsample_conv(x[1:], folded, False), results[0][1][2:])
 
 
 def test_past_may_be_the_same_frames_one_step_earlier(device, tiles):
@@ -220,21 +220,13 @@ def test_784_channels_are_supported():
     assert conv3x3_hopper.supports(torch.empty(1, 1, 1, 784), torch.empty(512, 784, 3, 3)) is None
 
 
-@pytest.mark.parametrize("size, preferred", [
-    ((4, 768, 1408, 1), True), ((4, 384, 704, 1), True), ((2, 192, 352, 2), False), ((2, 96, 176, 4), False),
-    ((2, 96, 176, 8), False), ((2, 192, 352, 8), False), ((4, 384, 704, 8), True)], ids=str)
-def test_tiles_of_real_shapes(size, preferred):
-    """16 x 16 where 64 columns do not divide the picture."""
-    assert conv3x3_hopper.prefers_wide(*size) == preferred
-
-
 def launches():
     """Of each kernel that real shapes need: name, whether wide, taps, channels, whether residual, call."""
     for name in "A", "A + residual", "B past", "C", "C past", "first":
         N, H, W, C, O, past, residual = REAL[name]
         x, out = (meta(BF16, N, H, W, channels) for channels in (C, O))
         weight = meta(BF16, O, 3, 3, 2 * C if past else C).permute(0, 3, 1, 2)
-        yield (name, conv3x3_hopper.prefers_wide(N, H, W, O // 128), 3, 128, residual,
+        yield (name, conv3x3_hopper.prefers_wide(2 * C if past else C, residual), 3, 128, residual,
                partial(conv3x3_hopper.conv3x3, x, weight, meta(BF16, O), x if past else None,
                        out if residual else None, True))
     x, weight = meta(FP16, 2, 90, 160, 112), meta(FP16, 64, 3, 3, 224)
@@ -243,8 +235,8 @@ def launches():
     for name in "1", "3":
         N, H, W, C, O, T = FOLDED[name]
         x, folded = (meta(FP16, *shape) for shape in ((N, H, W, C), (T, 2, 2, O, 2, 2, C)))
-        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(N, H, W, T * 4 * O // 128), 2, 128, False,
-               partial(conv3x3_hopper.upsample_conv, x, folded))
+        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(C, False), 2, 128, False,
+               partial(conv3x3_hopper.upsample_conv, x, folded, True))
 
 
 def compile_launches():
@@ -319,7 +311,7 @@ def test_graph(tiles):
     with torch.cuda.graph(graph):
         captured = launch()
     for _ in range(3):
-        for x in (*call[:5], *folded):
+        for x in (*call[:5], *folded[:2]):
             x.normal_()
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, launch()))
@@ -333,9 +325,9 @@ def test_more_than_2_to_the_31_elements(tiles):
     last = conv3x3_hopper.conv3x3(x[:, -4:].contiguous(), weight, None, None, x[:, -4:].contiguous(), False)
     assert torch.equal(out[:, -3:], last[:, -3:])
     del out
-    _, folded = make_folded("cuda", 1, 1, 1, 64, 64, T=1)
+    _, folded, _ = make_folded("cuda", 1, 1, 1, 64, 64, T=1)
     part = x[:, :rows // 4 + 1].contiguous()
-    out, last = (conv3x3_hopper.upsample_conv(y, folded) for y in (part, part[:, -4:].contiguous()))
+    out, last = (conv3x3_hopper.upsample_conv(y, folded, False) for y in (part, part[:, -4:].contiguous()))
     assert out.numel() > 2 ** 31 and torch.equal(out[:, -6:], last[:, -6:])
 
 
@@ -344,7 +336,7 @@ def test_as_a_backend():
     x, weight, bias, past, residual, relu = make("cuda", 2, 20, 70, 64, 64)
     out = conv3x3(x, weight, bias, past=past, residual=residual, relu=relu, backend="hopper")
     assert torch.equal(out, conv3x3_hopper.conv3x3(x, weight, bias, past, residual, relu))
-    _, folded = make_folded("cuda", 2, 20, 70, 64, 64)
-    assert torch.equal(upsample_conv(x, folded, backend="hopper"), conv3x3_hopper.upsample_conv(x, folded))
+    _, folded, _ = make_folded("cuda", 2, 20, 70, 64, 64)
+    assert torch.equal(upsample_conv(x, folded, backend="hopper"), conv3x3_hopper.upsample_conv(x, folded, False))
     with pytest.raises(NotImplementedError, match="hopper: the output must have a multiple of 64 channels"):
         conv3x3(x, weight[:3].contiguous(memory_format=torch.channels_last), past=past, backend="hopper")

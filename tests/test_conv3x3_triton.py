@@ -49,9 +49,9 @@ def make(device, N, H, W, C, O, dtype=torch.bfloat16, past=True, tail=True):
 
 
 def make_folded(device, N, H, W, C, O, dtype=torch.bfloat16, T=2):
-    """x, folded"""
+    """x, folded, relu"""
     folded = random(device, dtype, T, 2, 2, O, 2, 2, C, scale=(4 * C) ** -0.5)
-    return random(device, dtype, N, H, W, C), folded
+    return random(device, dtype, N, H, W, C), folded, T == 2
 
 
 def wide(call):
@@ -65,12 +65,13 @@ def check_conv3x3(*call):
     check(out, reference.conv3x3(*call), reference.conv3x3(*wide(call)))
 
 
-def check_upsample_conv(x, folded):
-    out = conv3x3_triton.upsample_conv(x, folded)
+def check_upsample_conv(*call):
+    x, *_ = call
+    out = conv3x3_triton.upsample_conv(*call)
     assert out.dtype == x.dtype and out.is_contiguous()
-    exact = reference.upsample_conv(*wide((x, folded)))
+    exact = reference.upsample_conv(*wide(call))
     assert out.shape == exact.shape
-    check(out, reference.upsample_conv(x, folded), exact)
+    check(out, reference.upsample_conv(*call), exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -137,10 +138,10 @@ def test_nan_that_is_read_shows(device):
     near[1, 3:6, 0:2] = True
     out = conv3x3_triton.conv3x3(x, weight, bias, None, residual, relu)
     assert torch.equal(out.isnan(), near[..., None].expand(2, 9, 9, 16))
-    _, folded = make_folded(device, 2, 9, 9, 16, 16)
+    _, folded, _ = make_folded(device, 2, 9, 9, 16, 16)
     large = torch.zeros(4, 18, 18, dtype=torch.bool, device=device)
     large[2:, 7:11, 0:3] = True
-    enlarged = conv3x3_triton.upsample_conv(x, folded)
+    enlarged = conv3x3_triton.upsample_conv(x, folded, False)
     assert torch.equal(enlarged.isnan(), large[..., None].expand(4, 18, 18, 16))
 
 
@@ -148,12 +149,12 @@ def test_a_picture_alone_gives_the_same_bits(device):
     x, weight, bias, past, residual, relu = make(device, 3, 5, 7, 48, 20)
     folded = make_folded(device, 1, 1, 1, 48, 20)[1]
     together = conv3x3_triton.conv3x3(x, weight, bias, past, residual, relu)
-    enlarged = conv3x3_triton.upsample_conv(x, folded)
+    enlarged = conv3x3_triton.upsample_conv(x, folded, False)
     for n in range(3):
         one = slice(n, n + 1)
         alone = conv3x3_triton.conv3x3(x[one], weight, bias, past[one], residual[one], relu)
         assert torch.equal(alone, together[one])
-        assert torch.equal(conv3x3_triton.upsample_conv(x[one], folded), enlarged[2 * n:2 * n + 2])
+        assert torch.equal(conv3x3_triton.upsample_conv(x[one], folded, False), enlarged[2 * n:2 * n + 2])
 
 
 def test_past_may_be_the_same_frames_one_step_earlier(device):
@@ -207,7 +208,7 @@ def test_graph():
     with torch.cuda.graph(graph):
         captured = launch()
     for _ in range(3):
-        for x in (*call[:5], *folded):
+        for x in (*call[:5], *folded[:2]):
             x.normal_()
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, launch()))
@@ -221,7 +222,7 @@ def test_more_than_2_to_the_31_elements():
     last = conv3x3_triton.conv3x3(x[:, -4:].contiguous(), weight, None, None, x[:, -4:].contiguous(), False)
     assert torch.equal(out[:, -3:], last[:, -3:])
     del out
-    _, folded = make_folded("cuda", 1, 1, 1, 64, 64, T=1)
+    _, folded, _ = make_folded("cuda", 1, 1, 1, 64, 64, T=1)
     part = x[:, :rows // 4 + 1].contiguous()
-    out, last = (conv3x3_triton.upsample_conv(y, folded) for y in (part, part[:, -4:].contiguous()))
+    out, last = (conv3x3_triton.upsample_conv(y, folded, False) for y in (part, part[:, -4:].contiguous()))
     assert out.numel() > 2 ** 31 and torch.equal(out[:, -6:], last[:, -6:])

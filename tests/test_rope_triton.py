@@ -56,7 +56,9 @@ def places(qkv, D, count):
 
 def run(qkv, q_weight, k_weight, tables, D, places=None):
     """q, k, v, q_mean, k_mean"""
-    q, k, v = [qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3 // D, D)) for _ in range(3)] if places is None else places
+    if places is None:
+        places = [qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3 // D, D)) for _ in range(3)]
+    q, k, v = places
     return q, k, v, *rope_triton.qkv_norm_rope(qkv, q_weight, k_weight, tables, D, 1e-6, q, k, v)
 
 

@@ -251,3 +251,26 @@ def test_gpu_equals_cpu():
     outs = [StreamingUpscaler.from_tensors(config, tensors, device=d).upscale(frames).cpu()
             for d in ("cpu", "cuda")]
     assert (outs[0].float() - outs[1].float()).abs().mean() < 0.01
+
+
+def test_graphs_need_a_gpu(upscaler):
+    with pytest.raises(ValueError, match="graphs need a CUDA device, the model is on cpu"):
+        upscaler.new_state(32, 32, graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("color", ["adain", "wavelet"])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32], ids=["8 bits", "deep"])
+def test_graphs_give_the_same_bits(color, kind):
+    """A stream whose ring goes round more than once, and another in the same memory after it."""
+    config = dataclasses.replace(SMALL, color=color, noise=1.0)
+    tensors = {n: drawn(n, s, 3) for n, s in expected_shapes(config).items()}
+    model = StreamingUpscaler.from_tensors(config, tensors, device="cuda", dtype=torch.bfloat16)
+    state, plain = (model.new_state(32, 48, graphs=graphs) for graphs in (True, False))
+    for _ in range(2):
+        frames = clip(25 + 8 * (config.ring_slices * 2 + 2), 32, 48)
+        frames = frames if kind == torch.uint8 else frames.float() / 255
+        outs = [torch.cat([model.push(s, frames), model.flush(s)]) for s in (state, plain)]
+        assert torch.equal(*outs)
+        state.reset(), plain.reset()
+    assert state.graphs.seconds > 0

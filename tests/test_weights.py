@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from flashvsr_model import weights
 from flashvsr_model.checkpoint import NAMED, Checkpoint, check_layout
 from flashvsr_model.config import PRESETS
-from flashvsr_model.fuse import expected_shapes
+from flashvsr_model.fuse import expected_shapes, round_taps
 from flashvsr_model.weights import (OFFICIAL, RUN_TIME, Known, WeightsError, load_compact, load_official,
                                     load_upscaler, save_compact, verify)
 from tests import full_size_weights
@@ -420,3 +420,16 @@ def test_load_upscaler_refuses(compact_file, releases, tmp_path):
 def test_written_loaded_and_run(tmp_path, capsys):
     full_size_weights.main([str(tmp_path / "weights"), "--small"])
     assert "(29, 256, 256, 3) pushed, (4, 256, 256, 3) flushed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape, taps", [((6, 5, 3, 3), (2, 3)), ((2, 2, 2, 6, 2, 2, 5), (4, 5))], ids=["3x3", "folded"])
+def test_rounded_taps_keep_their_sum(shape, taps):
+    weight = torch.randn(shape)
+    rounded = round_taps(weight, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16 and rounded.shape == shape and rounded.is_contiguous()
+    off = (rounded.float() - weight)
+    assert (off.abs() <= 2 ** -7 * weight.abs().amax(taps, keepdim=True)).all()
+    # the sum is off by the last tap's rounding alone
+    assert off.sum(taps).abs().mean() < weight.bfloat16().float().sub(weight).sum(taps).abs().mean() / 2
+    assert torch.equal(round_taps(rounded, torch.float32).bfloat16(), rounded)
+    assert torch.equal(round_taps(rounded.float(), torch.bfloat16), rounded)

@@ -38,8 +38,10 @@ struct Conv3x3Plan {
 // One build of conv3x3.cpp for one dtype. Memory is aligned to 64 bytes.
 struct Conv3x3Cpu {
   void (*plan)(const Conv3x3Params&, int workers, Conv3x3Plan*);
-  void (*transform_weights)(const Conv3x3Params&, const Conv3x3Plan&, int panel, int in_vector, float* weights);
-  void (*strip)(const Conv3x3Params&, const Conv3x3Plan&, int64_t strip, const float* weights, float* scratch);
+  void (*transform_weights)(const Conv3x3Params&, const Conv3x3Plan&, int panel, int in_vector,
+                            float* weights);
+  void (*strip)(const Conv3x3Params&, const Conv3x3Plan&, int64_t strip, const float* weights,
+                float* scratch);
 };
 
 // The builds, each null for the dtypes that it does not serve.
@@ -47,7 +49,8 @@ const Conv3x3Cpu* conv3x3_generic(DType);
 const Conv3x3Cpu* conv3x3_avx2(DType);
 const Conv3x3Cpu* conv3x3_avx512(DType);
 
-// The best build that this processor runs and that serves dtype, or the one called isa; null if there is none.
+// The best build that this processor runs and that serves dtype, or the one called isa; null if there is
+// none.
 const Conv3x3Cpu* find_conv3x3_cpu(DType dtype, const char* isa);
 
 struct Workers;

@@ -30,8 +30,8 @@ void run_conv3x3_cpu(const Conv3x3Params& p, const Conv3x3Cpu& kernels, const Wo
   kernels.plan(p, workers.count, &plan);
   const Buffer weights = buffer(sizeof(float) * plan.weight_panel * plan.panels);
   const Buffer scratch = buffer(sizeof(float) * plan.scratch * workers.count);
-  float *const weights_at = static_cast<float*>(weights.get()), *const scratch_at =
-                                                                    static_cast<float*>(scratch.get());
+  float* const weights_at = static_cast<float*>(weights.get());
+  float* const scratch_at = static_cast<float*>(scratch.get());
   share(workers, int64_t(plan.panels) * plan.in_vectors, [&](int64_t n, int) {
     kernels.transform_weights(p, plan, int(n / plan.in_vectors), int(n % plan.in_vectors), weights_at);
   });

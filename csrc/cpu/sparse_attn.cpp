@@ -7,9 +7,6 @@
 #include <string.h>
 
 #include "vectors.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace flashvsr {
 namespace {

@@ -3,6 +3,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace flashvsr {
 namespace {
@@ -51,6 +54,43 @@ inline void narrow(float x, Bf16* y) {  // to nearest, ties to even; NaN stays N
   memcpy(&bits, &x, 4);
   y->bits = x == x ? uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
 }
+
+// A vector of float from and to memory of any alignment, as float or bfloat16.
+typedef float LooseFloats __attribute__((vector_size(kVectorBytes), may_alias, aligned(4)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint16_t LooseBf16s __attribute__((vector_size(kVectorBytes / 2), may_alias, aligned(2)));
+
+inline Vector<float> load(const float* p) { return *(const LooseFloats*)p; }
+inline Vector<float> load(const Bf16* p) {
+  return (Vector<float>)(__builtin_convertvector(*(const LooseBf16s*)p, FloatBits) << 16);
+}
+inline void store(Vector<float> x, float* p) { *(LooseFloats*)p = x; }
+inline void store(Vector<float> x, Bf16* p) {  // narrow of each lane
+  const FloatBits bits = (FloatBits)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  *(LooseBf16s*)p = __builtin_convertvector(x == x ? rounded : FloatBits{} + 0x7FC0, LooseBf16s);
+}
+
+// The first `count` lanes alone: the others become zero, or are left as they are in memory.
+template <class In>
+inline Vector<float> load(const In* p, int count) {
+  if (count == kLanes<float>) return load(p);
+  Vector<float> x = {};
+  for (int n = 0; n < count; ++n) x[n] = widen(p[n]);
+  return x;
+}
+template <class In>
+inline void store(Vector<float> x, In* p, int count) {
+  if (count == kLanes<float>) return store(x, p);
+  for (int n = 0; n < count; ++n) narrow(x[n], p + n);
+}
+#ifdef __AVX512F__
+inline Vector<float> load(const float* p, int count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps((1 << count) - 1, p);
+}
+inline void store(Vector<float> x, float* p, int count) {
+  _mm512_mask_storeu_ps(p, (1 << count) - 1, (__m512)x);
+}
+#endif
 
 }  // namespace
 }  // namespace flashvsr

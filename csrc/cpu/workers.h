@@ -1,5 +1,5 @@
-// Tasks shared among threads, and their memory. For files that are compiled without an instruction set's flags:
-// C++ library headers come with it.
+// Tasks shared among threads, and their memory. For files that are compiled without an instruction set's
+// flags: C++ library headers come with it.
 #pragma once
 #include <atomic>
 #include <cstddef>

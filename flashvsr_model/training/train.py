@@ -85,8 +85,9 @@ class ClipState:
 
     def __init__(self, config: FlashVSRConfig, batch: int, size: int, dtype: torch.dtype,
                  device: torch.device):
-        self.geometry, self.kv, self.chunk, self.time = (Geometry.of(size // SCALE, size // SCALE),
-                                                         GrowingKV(config), 0, 0)
+        self.geometry, self.kv = Geometry.of(size // SCALE, size // SCALE), GrowingKV(config)
+        self.chunk = self.time = 0
+        self.noise = None
         side = size // 16
         self.lq_tail = [torch.zeros(batch, 2, side, side, width, dtype=dtype, device=device)
                         for width in (768, config.lq_hidden[0])]

@@ -1,0 +1,105 @@
+// The C++ convolutions that torch sees, and every check of their arguments.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "bindings.h"
+#include "cpu/conv3x3.h"
+
+namespace {
+
+using flashvsr::Conv3x3Params;
+using torch::stable::Tensor;
+
+// The parameters that x gives.
+Conv3x3Params check_picture(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be (N, H, W, C), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  STD_TORCH_CHECK(x.size(3) > 0, "x must have channels");
+  STD_TORCH_CHECK(x.size(3) <= std::numeric_limits<int>::max() / 64, "x has too many channels: ", x.size(3));
+  Conv3x3Params p = {};
+  p.x = x.const_data_ptr();
+  p.pictures = x.size(0), p.height = x.size(1), p.width = x.size(2);
+  p.channels = int(x.size(3)), p.steps = 1;
+  p.dtype = flashvsr::dtype_of("x", x);
+  return p;
+}
+
+// Where another tensor of the call lies, or null.
+const void* check_like(const char* name, const std::optional<Tensor>& y, const Tensor& x) {
+  if (!y) return nullptr;
+  STD_TORCH_CHECK(y->scalar_type() == x.scalar_type(), name, " must have x's dtype");
+  STD_TORCH_CHECK(y->is_contiguous(), name, " must be contiguous");
+  return y->const_data_ptr();
+}
+
+Tensor run(Conv3x3Params& p, const Tensor& x, const std::string& isa) {
+  STD_TORCH_CHECK(p.outputs > 0, "there must be output channels");
+  const int64_t scale = p.enlarge ? 2 : 1;
+  Tensor out = torch::stable::new_empty(
+      x, {p.pictures * p.steps, p.height * scale, p.width * scale, int64_t(p.outputs)});
+  p.out = out.mutable_data_ptr();
+  const auto* kernels = flashvsr::find_conv3x3_cpu(p.dtype, isa.c_str());
+  STD_TORCH_CHECK(kernels != nullptr, "no build for x's dtype runs on this processor (isa \"", isa, "\")");
+  if (p.pictures * p.height * p.width > 0)
+    flashvsr::run_conv3x3_cpu(p, *kernels, flashvsr::torch_workers());
+  return out;
+}
+
+Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                   std::optional<Tensor> past, std::optional<Tensor> residual, bool relu, std::string isa) {
+  Conv3x3Params p = check_picture(x);
+  const int64_t inputs = x.size(3) * (past ? 2 : 1), O = weight.dim() ? weight.size(0) : 0;
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight must be (O, ", inputs, ", 3, 3)");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must have x's dtype");
+  STD_TORCH_CHECK((O < 2 || weight.stride(0) == 9 * inputs) && (inputs < 2 || weight.stride(1) == 1) &&
+                      weight.stride(2) == 3 * inputs && weight.stride(3) == inputs,
+                  "weight must lie in memory as channels_last");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == O), "bias must be (", O, ",)");
+  STD_TORCH_CHECK(!past || past->dim() == 4, "past must be like x");
+  STD_TORCH_CHECK(!residual || residual->dim() == 4, "residual must be (N, H, W, ", O, ")");
+  for (int n : {0, 1, 2, 3}) {
+    STD_TORCH_CHECK(!past || past->size(n) == x.size(n), "past must be like x");
+    STD_TORCH_CHECK(!residual || residual->size(n) == (n < 3 ? x.size(n) : O),
+                    "residual must be (N, H, W, ", O, ")");
+  }
+  p.weight = weight.const_data_ptr();
+  p.bias = check_like("bias", bias, x);
+  p.past = check_like("past", past, x);
+  p.residual = check_like("residual", residual, x);
+  p.outputs = int(O), p.relu = relu;
+  return run(p, x, isa);
+}
+
+Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, std::string isa) {
+  Conv3x3Params p = check_picture(x);
+  STD_TORCH_CHECK(folded.dim() == 7 && folded.size(6) == x.size(3), "folded must be (T, 2, 2, O, 2, 2, ",
+                  x.size(3), ")");
+  for (int n : {1, 2, 4, 5})
+    STD_TORCH_CHECK(folded.size(n) == 2, "folded must be (T, 2, 2, O, 2, 2, ", x.size(3), ")");
+  STD_TORCH_CHECK(folded.size(0) > 0, "folded must have time steps");
+  p.weight = check_like("folded", folded, x);
+  p.steps = int(folded.size(0)), p.outputs = int(folded.size(3));
+  p.enlarge = true, p.relu = relu;
+  return run(p, x, isa);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
+  // weight: channels_last    isa: "" takes the best for this processor; tests and benchmarks name "generic",
+  // "avx2" or "avx512".
+  m.def(
+      "conv3x3_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
+      "str isa=\"\") -> Tensor");
+  m.def("upsample_conv_cpu(Tensor x, Tensor folded, bool relu, str isa=\"\") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashvsr, CPU, m) {
+  m.impl("conv3x3_cpu", TORCH_BOX(&conv3x3_cpu));
+  m.impl("upsample_conv_cpu", TORCH_BOX(&upsample_conv_cpu));
+}
