@@ -100,9 +100,9 @@ def mask_rows(pictures: list[str], heads: int, device: str) -> list[dict]:
         q, k = (x.view(1, -1, 128, heads, 128).mean(2).transpose(1, 2) for x in (work.q, work.k))
         local = local_window(*work.case.grid, 11, device=device)
         topk = min(MODEL_DENSITY, 4 * S) * S - 1
-        builders = {"from_dense": lambda: BlockMask.from_dense(work.dense),
+        builders = {"from_dense": lambda: BlockMask.from_dense(work.dense, columns=work.case.grid[1]),
                     "transposed": work.mask.transposed,
-                    "lcsa_mask": lambda: lcsa_mask(q, k, local, slices=1, topk=topk)}
+                    "lcsa_mask": lambda: lcsa_mask(q, k, local, slices=1, topk=topk, columns=work.case.grid[1])}
         for name, build in builders.items():
             build()
             row = {"picture": picture, "heads": heads, "builder": name,

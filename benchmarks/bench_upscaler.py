@@ -3,22 +3,23 @@
     python -m benchmarks.bench_upscaler [--size 768x1408 --frames 101 --json FILE.json --profile]
 
 Frames come from the host's memory and are upscaled to uint8 ones on the device; reading and writing video is
-not timed. Weights are random, of the preset's shapes (upscaler_stream.py). First a line with the machine; then
-for each size and sparse ratio:
+not timed. Weights are random, of the preset's shapes (upscaler_stream.py). First a line with the machine;
+then for each size and sparse ratio:
 
 whole: a clip of --frames, from the first frame pushed to the last one done, in frames a second (median of
 three clips, everything compiled and recorded), and the delay of the first frames beside that of the 25 that
-they wait for; what recording the CUDA graphs took, which a stream does once; and the very first clip, which
-compiles kernels or finds them in their cache.
+they wait for; what recording the CUDA graphs took, which a stream does once; and the very first clip, for
+which kernels are compiled or found in their cache.
 memory: the most that PyTorch allocated and reserved, with what weights and the stream's state are of it.
 steady: the time from one chunk of 8 frames to the next while chunks follow one another for --seconds, median,
 20th and 80th percentile; what the host needs of it; the GPU's clock and power at the end.
-floor: what a chunk cannot do without (roofline.floor): FLOP over the rate of a large matrix product (8192^3 in
-bf16; on a CPU 1024^3), bytes over that of a large copy, each sustained alone directly after the steady chunks.
+floor: what a chunk cannot do without (roofline.floor), FLOP over the rate of a large matrix product (8192^3
+in bf16; on a CPU 1024^3) and bytes over that of a large copy, each sustained alone directly after the steady
+chunks. On a CPU it is a yardstick alone: its convolutions multiply less than the FLOP say.
 stages: a chunk launched eagerly, its time shared out (upscaler_stages.py), each beside its part of the floor;
 and which backend ran each op.
 
-Exit 1 if the frames that come out are all alike.
+Exit 1 if the pixels that come out are all alike.
 """
 import argparse
 import sys
@@ -56,7 +57,8 @@ def whole(stream: Stream) -> dict:
     times = [stream.whole() for _ in range(CLIPS)]
     delay, total = (median(column) for column in zip(*times))
     frames = len(stream.clip)
-    row = {"frames": frames, "seconds": total, "fps": frames / total, "first_frame": delay, "first_clip": first_ever}
+    row = {"frames": frames, "seconds": total, "fps": frames / total, "first_frame": delay,
+           "first_clip": first_ever}
     return row | ({"recording": stream.state.graphs.seconds} if stream.state.graphs else {})
 
 
@@ -86,7 +88,8 @@ def steady(stream: Stream, duration: float) -> dict:
         for _ in range(2 * AHEAD):
             done = stream.push()
         row["under_load"] = machine.gpu_state()
-    return row | {"fps": SLICE_FRAMES / row["us"] * 1e6, "pixel_std": done.float().std().item()}
+    sample = done[-1, ::4, ::4].float()
+    return row | {"fps": SLICE_FRAMES / row["us"] * 1e6, "pixel_std": sample.std().item()}
 
 
 def rates(device: str, dtype: str, duration: float) -> dict[str, float]:
@@ -104,6 +107,21 @@ def floor(case: Case, rate: dict[str, float]) -> list[dict]:
     parts = roofline.floor(case.config, case.geometry, DTYPES[case.dtype].itemsize)
     return [{"stage": name, "tflop": flop / 1e12, "gb": size / 1e9,
              "floor_us": (flop / rate["flop"] + size / rate["bytes"]) * 1e6} for name, flop, size in parts]
+
+
+def of_floor(stream: Stream, duration: float) -> float:
+    """Floor over steady time, with chunks, products and copies in turn: for check, as it repeats."""
+    stream.start()
+    case, calls, amounts = stream.case, {"chunk": stream.push}, {}
+    for bound in ("flop", "bytes"):
+        _, calls[bound], amounts[bound] = yardstick(bound, stream.device, case.dtype)
+        calls[bound]()
+    times = measure(calls, stream.device, duration)
+    found = []
+    for chunk, flop, size in zip(*times.values()):
+        parts = floor(case, {"flop": amounts["flop"] / flop, "bytes": amounts["bytes"] / size})
+        found.append(sum(part["floor_us"] for part in parts) / 1e6 / chunk)
+    return median(found)
 
 
 def stages(stream: Stream, parts: list[dict]) -> tuple[list[dict], dict[str, int]]:
@@ -128,39 +146,42 @@ def run(stream: Stream, weights: int, duration: float) -> tuple[dict, list[dict]
     row["steady"] = took = _short(steady(stream, duration))
     row["memory"] = _short(memory(stream, weights))
     if row["memory"]:
-        print("  memory   peak {allocated:.2f} GiB allocated, {reserved:.2f} reserved; weights {weights:.2f}, "
-              "state {state:.2f}".format(**row["memory"]))
+        print("  memory   peak {allocated:.2f} GiB allocated, {reserved:.2f} reserved; weights {weights:.2f},"
+              " state {state:.2f}".format(**row["memory"]))
     print(steady_line(took), flush=True)
     rate = rates(stream.device, case.dtype, duration / 10)
     parts = floor(case, rate)
-    bound = sum(part["floor_us"] for part in parts)
-    flop, size = (sum(part[key] for part in parts) for key in ("tflop", "gb"))
-    row["floor"] = found = _short({"us": bound, "of_floor": bound / took["us"], "tflop": flop, "gb": size,
-                                   "gemm_tflops": rate["flop"] / 1e12, "copy_gbs": rate["bytes"] / 1e9})
-    print("  floor    {us:.0f} us: {tflop:.4g} TFLOP at {gemm_tflops:.4g} TFLOP/s, {gb:.4g} GB at {copy_gbs:.4g} "
-          "GB/s; {of_floor:.3f} of it reached".format(**found) + f", steady / floor {1 / found['of_floor']:.3f}",
-          flush=True)
+    bound, flop, size = (sum(part[key] for part in parts) for key in ("floor_us", "tflop", "gb"))
+    row["floor"] = _short({"us": bound, "of_floor": bound / took["us"], "tflop": flop, "gb": size,
+                           "gemm_tflops": rate["flop"] / 1e12, "copy_gbs": rate["bytes"] / 1e9})
+    print(floor_line(row["floor"]), flush=True)
     rows, row["backends"] = stages(stream, parts)
     rows = [{"case": case.key, **_short(stage)} for stage in rows]
-    print("\n".join(map(stage_line, rows)))
     total = sum(stage["us"] for stage in rows)
-    print(f"  {'an eager chunk':24} {total:10.1f} us, steady {took['us']:.1f}\n  ran      "
-          + ", ".join(f"{name} {count}x" for name, count in row["backends"].items()), flush=True)
+    ran = ", ".join(f"{name} {count}x" for name, count in row["backends"].items())
+    print("\n".join(map(stage_line, rows)))
+    print(f"  {'an eager chunk':24} {total:10.1f} us, steady {took['us']:.1f}\n  ran      {ran}", flush=True)
     return row, rows
 
 
 def whole_line(row: dict) -> str:
     recorded = f"; recording graphs {row['recording']:.2f} s" if "recording" in row else ""
-    return (f"  whole    {row['fps']:.2f} FPS: {row['frames']} frames in {row['seconds']:.3f} s, the first after "
-            f"{row['first_frame']:.3f} s{recorded}; the first clip of all took {row['first_clip']:.1f} s")
+    return (f"  whole    {row['fps']:.2f} FPS: {row['frames']} frames in {row['seconds']:.3f} s, the first "
+            f"after {row['first_frame']:.3f} s{recorded}; the first clip of all {row['first_clip']:.1f} s")
 
 
 def steady_line(row: dict) -> str:
     state = row.get("under_load", {})
     load = (f"; SM {state['clocks.sm']} MHz, {state['power.draw']} of {state['power.limit']} W"
             if "clocks.sm" in state else "")
-    return (f"  steady   {row['fps']:.2f} FPS: {row['us']:.0f} us a chunk (p20 {row['p20']:.0f} p80 {row['p80']:.0f}), "
-            f"{row['chunks']} chunks; the host {row['host_us']:.0f} us{load}")
+    return (f"  steady   {row['fps']:.2f} FPS: {row['us']:.0f} us a chunk (p20 {row['p20']:.0f} p80 "
+            f"{row['p80']:.0f}), {row['chunks']} chunks; the host {row['host_us']:.0f} us{load}")
+
+
+def floor_line(row: dict) -> str:
+    return (f"  floor    {row['us']:.0f} us: {row['tflop']:.4g} TFLOP at {row['gemm_tflops']:.4g} TFLOP/s, "
+            f"{row['gb']:.4g} GB at {row['copy_gbs']:.4g} GB/s; floor / steady {row['of_floor']:.3f}, "
+            f"steady / floor {1 / row['of_floor']:.3f}")
 
 
 def stage_line(row: dict) -> str:
@@ -180,7 +201,8 @@ def _short(row: dict) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.bench_upscaler", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.bench_upscaler",
+                                     description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=SECONDS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="default: v1.1 on a GPU, compact on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")

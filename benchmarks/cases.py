@@ -92,7 +92,7 @@ class Work:
         q, k, v, grad = (
             torch.randn(1, blocks * BLOCK, case.heads, case.D, device=device, generator=generator)
             .to(DTYPES[case.dtype]) for blocks in (Mq, Mk, Mk, Mq))
-        return cls(case, q, k, v, grad, dense, BlockMask.from_dense(dense))
+        return cls(case, q, k, v, grad, dense, BlockMask.from_dense(dense, columns=case.grid[1]))
 
     @cached_property
     def density(self) -> float:

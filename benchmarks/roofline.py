@@ -98,7 +98,7 @@ def parts(config: FlashVSRConfig, height: int, width: int) -> list[tuple[str, fl
     L, layers = blocks * 128, config.num_layers
     weights = 6 * d * d + 2 * d * f
     linears = 2 * L * weights, 2 * (weights + L * (6 * 2 * d + 2 * (d + f)))
-    kept = config.topk(height, width) * config.num_heads
+    kept = min(config.topk(height, width), blocks ** 2 * config.ring_slices) * config.num_heads
     sparse = kept * 4 * 128 * 128 * config.head_dim, 2 * L * d * (2 + 2 * config.ring_slices)
     cross = 4 * L * config.context_len * d, 2 * d * (2 * L + 2 * config.context_len)
     norms = 0, 2 * L * d * 14  # three norms, two gates, norms of q and k with rotation: in and out
@@ -119,8 +119,8 @@ def _projector(config: FlashVSRConfig, height: int, width: int) -> tuple[float, 
 
 
 def _decoder(config: FlashVSRConfig, height: int, width: int) -> tuple[float, float]:
-    """As flashvsr_model.decoder runs: three 3x3 convolutions a memory block, the growth in time before the
-    enlargement, 2x2 taps an output pixel after it."""
+    """As flashvsr_model.decoder runs: three 3x3 convolutions a memory block; growth in time, enlargement and
+    the convolution behind them as one of 2x2 taps an output pixel."""
     places, steps, flop, size = height * width // 64, SLICE_FRAMES // LATENT_FRAMES, 0, 0
 
     def layer(weights: int, into: int, out: int, places: int) -> None:
@@ -135,7 +135,6 @@ def _decoder(config: FlashVSRConfig, height: int, width: int) -> tuple[float, fl
             layer(18 * width * width, 2 * width, width, steps * places)
             layer(9 * width * width, width, width, steps * places)
             layer(9 * width * width, 2 * width, width, steps * places)
-        layer(grow * width * width, width, grow * width, steps * places)
         steps, places = grow * steps, 4 * places
         layer(4 * width * out, width // 4, out, steps * places)
     layer(9 * widths[3] ** 2, widths[3], widths[3], steps * places)
@@ -144,22 +143,22 @@ def _decoder(config: FlashVSRConfig, height: int, width: int) -> tuple[float, fl
 
 
 def floor(config: FlashVSRConfig, g: Geometry, itemsize: int = 2) -> list[tuple[str, float, float]]:
-    """Name, FLOP and bytes of what one steady chunk cannot do without, and which does not run at once.
+    """Name, FLOP and bytes of what one steady chunk cannot do without. The floor is the sum of their times.
 
-    Bytes only where no matrix product is to hide them behind: norms as in parts; enlarged pictures, and those
-    of 8 bits from float32 ones; and what the decoder's last convolution, to 3 channels, reads and writes,
-    whose FLOP do not count therefore. The masks, and what else is not here, should cost nothing.
+    Bytes count where there is no matrix product to hide them: the norms' as in parts; of the enlarged pictures
+    and of those of 8 bits, made from float32; and of the decoder's last convolution, to 3 channels, whose FLOP
+    do not count in return. Masks and all that is not here should cost nothing.
     itemsize: bytes of the model's numbers
     """
     inside = SLICE_FRAMES * g.padded_height * g.padded_width
     pixels = SLICE_FRAMES * SCALE ** 2 * g.height * g.width
-    width, found = config.decoder_channels[3], []
+    last, found = config.decoder_channels[3], [("enlargement", 0.0, pixels * 3 * (1 + 1 / SCALE ** 2))]
     for name, flop, size in parts(config, g.padded_height, g.padded_width):
         if name == "decoder":
-            found.append((name, flop - 2 * 9 * width * 3 * inside, inside * itemsize * width + pixels * 3 * 4))
+            found.append((name, flop - 2 * 9 * last * 3 * inside, inside * itemsize * last + pixels * 3 * 4))
         else:
             found.append((name, flop, 0.0) if flop else (name, 0.0, size * itemsize / 2))
-    return [("enlargement", 0.0, pixels * 3 * (1 + 1 / SCALE ** 2)), *found, ("colour", 0.0, pixels * 3 * (4 + 1))]
+    return found + [("colour", 0.0, pixels * 3 * (4 + 1))]
 
 
 def report(gpu: Gpu, rows: dict[str, dict]) -> list[str]:

@@ -22,7 +22,8 @@ FUNCTIONS = {
     dit: {"sparse attention": ("sparse_attn",), "masks": ("lcsa_mask",), "linears": ("linear_gelu",),
           "norms, rotation, gates": ("gated_add_norm", "layer_norm_modulate", "qkv_norm_rope", "rms_norm",
                                      "window_order")},
-    upscaler: {"enlargement": ("enlarge", "normal"), "colour": ("adain_uint8", "color_moments", "match_color")}}
+    upscaler: {"enlargement": ("enlarge", "normal"),
+               "colour": ("adain_uint8", "color_moments", "match_color")}}
 STAGES = ("enlargement", "linears", "sparse attention", "cross attention", "norms, rotation, gates", "masks",
           "other in DiT", "LQ projector", "decoder", "colour", REST)
 
@@ -95,8 +96,8 @@ def watched(model: StreamingUpscaler, watch: Stopwatch) -> Iterator[None]:
 
 
 def stage_times(stream: Stream, chunks: int) -> dict[str, float]:
-    """Median seconds of each of STAGES over some eager chunks. On a GPU two replayed chunks run ahead of each,
-    so that it is the device's time, not the launches', and the clock is that of a card under load.
+    """Median seconds of each of STAGES over some eager chunks. On a GPU two replayed chunks run ahead of
+    each, so that it is the device's time, not the launches', and the clock is that of a card under load.
     """
     found, graphs = [], stream.state.graphs
     for _ in range(chunks):
@@ -114,8 +115,9 @@ def stage_times(stream: Stream, chunks: int) -> dict[str, float]:
 
 
 def kernels(stream: Stream, chunks: int, trace: Path) -> list[dict]:
-    """Each kernel's runs in a chunk, us in a chunk and share of all kernels' time, longest first; operators and
-    their own time on a CPU. Steady chunks as they are, replayed on a GPU. Writes a Chrome trace.
+    """Each kernel's runs in a chunk, us in a chunk and share of all kernels' time, longest first; operators
+    and their own time on a CPU. Steady chunks as they are, replayed on a GPU. Writes a Chrome trace.
+    Raises RuntimeError if the profiler saw none.
     """
     cuda = stream.device == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
@@ -126,8 +128,11 @@ def kernels(stream: Stream, chunks: int, trace: Path) -> list[dict]:
     found.export_chrome_trace(str(trace))
     times = defaultdict(list)
     for event in found.events():
-        if event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU) and not event.is_user_annotation:
-            times[event.name].append(event.time_range.elapsed_us() if cuda else event.self_cpu_time_total)
+        if event.device_type != (DeviceType.CUDA if cuda else DeviceType.CPU) or event.is_user_annotation:
+            continue
+        times[event.name].append(event.time_range.elapsed_us() if cuda else event.self_cpu_time_total)
+    if not times:
+        raise RuntimeError("the profiler saw no kernels: it needs leave to use the GPU's counters (CUPTI)")
     total = sum(map(sum, times.values()))
     rows = [{"kernel": name, "runs": round(len(each) / chunks, 2), "us": round(sum(each) / chunks, 2),
              "share": round(sum(each) / total, 5)} for name, each in times.items()]

@@ -52,8 +52,9 @@ def usual(device: str) -> Case:
 
 
 def random_model(config: FlashVSRConfig, dtype: str, device: str) -> StreamingUpscaler:
-    """Weights that keep variances: normal numbers over the root of what is summed, norms about 1. How many blocks
-    attention keeps is the budget's affair, as with trained weights; how the counts vary is not like them.
+    """Weights that keep variances: normal numbers over the root of what is summed, norms about 1. How many
+    blocks attention keeps is the budget's affair, as with trained weights; how the counts vary is not like
+    theirs.
     """
     generator = torch.Generator(device).manual_seed(1)
 
@@ -82,7 +83,8 @@ def random_clip(frames: int, height: int, width: int) -> Tensor:
 class Stream:
     """A case's model, a state, and the clip whose frames go through it, on and on.
 
-    model: of the case's preset, dtype and device; its weights are shared    frames: of the clip, FEWEST or more
+    model: of the case's preset and dtype, on any device; its weights are shared
+    frames: of the clip, FEWEST or more
     """
 
     def __init__(self, case: Case, model: StreamingUpscaler, frames: int):
@@ -105,7 +107,7 @@ class Stream:
         return self.model.push(self.state, next(self._steady))
 
     def whole(self) -> tuple[float, float]:
-        """The clip from its first frame to its last: seconds to the first frames on the device, and to the end."""
+        """Seconds of the clip from its first frame pushed to the first ones done, and to the last."""
         self.state.reset()
         given, first, begin = 0, None, stamp(self.device)
         for frames in (self.clip[:FIRST_FRAMES], *self.clip[FIRST_FRAMES:].split(SLICE_FRAMES)):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_mask import waves
+from .block_mask import STRIP, waves
 
 NOT_A_NUMBER = tl.constexpr(0x3FFFFFFF)  # key of NaN: above the key of 1.0, 0x3F800000, as kthvalue has it
 TOP, BINS = tl.constexpr(18), tl.constexpr(4096)  # the first digit is key >> TOP: 32 of them to a factor of 2
@@ -21,15 +21,15 @@ CHUNK = 32 * ROWS    # candidates that _select takes at a time, one a thread
 # No kernel is specialised for a size: else a stream's first chunk and the others would each compile them all.
 
 
-def block_lists(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """index, count and order of bool (B, H, Mq, Mk), any strides, as in BlockMask."""
+def block_lists(dense: Tensor, columns: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """index, count and order of bool (B, H, Mq, Mk), any strides, as in BlockMask; columns as for order_of."""
     B, H, Mq, Mk = dense.shape
     index, count = _new_lists(dense, B, H, Mq, Mk)
     if count.numel():
         with torch.cuda.device_of(dense):
             _pack[(triton.cdiv(Mq, ROWS), B * H)](dense.view(torch.uint8), index, count, *dense.stride(), H,
                                                   Mq, Mk, R=ROWS, N=_tile(Mk), num_warps=ROWS)
-    return index, count, order_of(count)
+    return index, count, order_of(count, columns)
 
 
 def transpose_lists(index: Tensor, count: Tensor, key_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,20 +46,24 @@ def transpose_lists(index: Tensor, count: Tensor, key_blocks: int) -> tuple[Tens
     return block_lists(dense.transpose(2, 3))
 
 
-def order_of(count: Tensor) -> Tensor:
-    """Order (B * H * Mq,) int32 in which to run the tiles of count (B, H, Mq), as in BlockMask."""
-    tiles = count.numel()
+def order_of(count: Tensor, columns: int | None) -> Tensor:
+    """Order (B * H * Mq,) int32 in which to run the tiles of count (B, H, Mq), as in BlockMask.
+
+    columns: of the picture whose blocks the Mq are; None for one row
+    """
+    tiles, blocks = count.numel(), count.shape[2]
+    columns = blocks if columns is None else columns
     order = torch.empty(tiles, dtype=torch.int32, device=count.device)
     if tiles:
         each, groups = waves(tiles, count.device)
         last = tiles - (groups - 1) * each  # the longest group
         with torch.cuda.device_of(count):
-            _rank[(triton.cdiv(last, 8), groups)](count, order, each, tiles, T=8, N=256)
+            _rank[(triton.cdiv(last, 8), groups)](count, order, each, tiles, blocks, columns, W=STRIP, T=8, N=256)
     return order
 
 
-def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int,
-              topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: int,
+              columns: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """index, count and order of the selection; arguments as for the public lcsa_mask, any strides.
 
     Means bf16, fp16 or float32, D of at most 128.
@@ -87,7 +91,7 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int,
                                  min(S * Mk - 1, topk), **tile)
         _select[(tiles, groups)](scores, softmax, found, candidates, state, index, count, S, Mk, pitch,
                                  C=CHUNK, **tile)
-    return index, count, order_of(count)
+    return index, count, order_of(count, columns)
 
 
 def _new_lists(like: Tensor, B: int, H: int, Mq: int, Mk: int) -> tuple[Tensor, Tensor]:
@@ -146,23 +150,36 @@ def _scatter(index, count, dense, cap, Mk, N: tl.constexpr):
         tl.store(dense + i_row * Mk + b_key, tl.full([N], 1, tl.uint8), mask=o_list < n)
 
 
-@triton.jit(do_not_specialize=["group", "total"])
-def _rank(count, order, group, total, T: tl.constexpr, N: tl.constexpr):
-    """One program places T tiles of a group: behind the longer ones, and the equal ones of smaller id."""
+@triton.jit
+def _in_strips(at, blocks, columns, W: tl.constexpr):
+    """Tile at a place, if each head's picture of blocks in so many columns is taken in strips of W columns."""
+    inside = at % blocks
+    rows = blocks // columns
+    left = inside // (rows * W) * W  # the strip's first column
+    width = tl.minimum(columns - left, W)
+    inside -= left * rows
+    return at // blocks * blocks + inside // width * columns + left + inside % width
+
+
+@triton.jit(do_not_specialize=["group", "total", "blocks", "columns"])
+def _rank(count, order, group, total, blocks, columns, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+    """One program places T tiles of a group: behind the longer ones, and the equal ones before it in strips."""
     i_group = tl.program_id(1)
     first = i_group * group
     end = tl.where(i_group == tl.num_programs(1) - 1, total, first + group)
-    o_tile = first + tl.program_id(0) * T + tl.arange(0, T)
+    o_at = first + tl.program_id(0) * T + tl.arange(0, T)
     if first + tl.program_id(0) * T < end:
         # Both conditions in one integer, which is different for each tile; -1 is behind all.
         n = end - first
-        b_mine = tl.load(count + o_tile, mask=o_tile < end, other=-1) * n - (o_tile - first)  # [T]
+        o_tile = _in_strips(o_at, blocks, columns, W)
+        b_mine = tl.load(count + o_tile, mask=o_at < end, other=-1) * n - (o_at - first)  # [T]
         b_before = tl.zeros([T, N], tl.int32)  # [T, N]
         for j in range(first, end, N):
             o_other = j + tl.arange(0, N)
-            b_other = tl.load(count + o_other, mask=o_other < end, other=-1) * n - (o_other - first)  # [N]
+            p_other = count + _in_strips(o_other, blocks, columns, W)
+            b_other = tl.load(p_other, mask=o_other < end, other=-1) * n - (o_other - first)  # [N]
             b_before += (b_other[None, :] > b_mine[:, None]).to(tl.int32)
-        tl.store(order + first + tl.sum(b_before, 1), o_tile, mask=o_tile < end)
+        tl.store(order + first + tl.sum(b_before, 1), o_tile, mask=o_at < end)
 
 
 @triton.jit(do_not_specialize=["H", "slices", "S", "Mk", "cleared"])
@@ -211,8 +228,8 @@ def _load(scores, o_list, m_row, o_key, pitch):
 
 @triton.jit
 def _keys(b_s, b_max, b_log, m_row, o_key, Mk):
-    """Keys [R, N] from scores b_s [R, N]; b_max, b_log: [R], each row's largest and the logarithm of its sum of
-    exponentials. Outside they are 0: at the end of the ranking, behind every rank that is asked for.
+    """Keys [R, N] from scores b_s [R, N]; b_max, b_log: [R], each row's largest and the logarithm of its sum
+    of exponentials. Outside they are 0: at the end of the ranking, behind every rank that is asked for.
     """
     # NaN in a row without a key, as softmax has it.
     b_p = tl.exp(b_s.to(tl.float32) - b_max[:, None] - b_log[:, None])  # [R, N]
@@ -244,8 +261,8 @@ def _spread(scores, softmax, hist, S, Mk, pitch, R: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _digit(b_n, rank, N: tl.constexpr):
-    """Digit of the key before which there are rank larger ones, if b_n [N] keys have each digit, and how many of
-    those have the same. The digit is 0 if there are no more than rank keys.
+    """Digit of the key before which there are rank larger ones, if b_n [N] keys have each digit, and how many
+    of those have the same. The digit is 0 if there are no more than rank keys.
     """
     o_digit = tl.arange(0, N)
     b_above = tl.cumsum(b_n, 0, reverse=True) - b_n  # [N], keys of a larger digit: falls to 0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import _triton, reference
 
-ROWS = 64         # output rows of a program of _rgb_conv: it reads two more
-ENLARGED = 1024   # values of an output row that a program of _enlarge makes, four rows high
+ROWS = 32         # output rows of a program of _rgb_conv: it reads two more
+ENLARGED = 512    # values of an output row that a program of _enlarge makes, four rows high
 MATCHED = 4096    # values that a program of _adain makes
 EPS = tl.constexpr(reference.EPS)
 ROUND, HALF = tl.constexpr(reference.ROUND), tl.constexpr(1 << reference.ROUND - 1)
@@ -23,13 +23,13 @@ def config(capability: int, C: int) -> dict[str, int]:
 
     capability: 80 and more, 90 for 9.0    C: channels, 1 to 256
     Returns width (pixels of a tile, two of them halo), channels (C as a block size), num_warps and
-    num_stages. Chosen from what the compiler makes, not yet by measuring: the kernel has to keep many bytes
-    on their way, not to calculate fast.
+    num_stages. As measured on an H100, elsewhere from what the compiler makes: the kernel has to keep many
+    bytes on their way, not to calculate fast.
     """
     channels = max(16, triton.next_power_of_2(C))
-    wide = channels <= (128 if capability // 10 in (9, 10) else 64)
-    return {"width": 128 if wide else 64, "channels": channels, "num_warps": 4,
-            "num_stages": 3 if channels >= 64 else 4}
+    large = capability // 10 in (9, 10)  # shared memory
+    return {"width": 128 if channels < 128 else 64, "channels": channels, "num_warps": 4,
+            "num_stages": 4 if channels < 64 or large and channels <= 128 else 3}
 
 
 def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:

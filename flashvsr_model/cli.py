@@ -25,6 +25,7 @@ from .video_out import CONTAINERS, VideoWriter
 from .weights import load_upscaler, verify
 
 DEMO_FRAME = 60             # data/demo_truth.webp is this frame of the film at 1280x720
+STAGES = {"read": "reading", "upscale": "upscaling", "write": "writing"}
 CHOICES = ("sparse_ratio", "local_range", "color", "seed")
 
 
@@ -209,8 +210,11 @@ def _upscale(upscaler, clip: Clip, writer, watch) -> Summary:
         _say("interrupted before the first frame; nothing was written")
         return summary
     what = "interrupted; what was done is in" if summary.interrupted else "wrote"
+    busy = ", ".join(f"{stage} {100 * spent / summary.seconds:.0f} %"
+                     for stage, spent in summary.busy.items())
     _say(f"{what} {writer.name}: {summary.frames} frames of {writer.width}x{writer.height} in "
-         f"{summary.seconds:.1f} s, {summary.frames / summary.seconds:.2f} frames/s, {_memory(device)}")
+         f"{summary.seconds:.1f} s, {summary.frames / summary.seconds:.2f} frames/s, {_memory(device)}; "
+         f"bottleneck: {STAGES[summary.bottleneck]} ({busy} busy)")
     return summary
 
 

@@ -55,7 +55,7 @@ class Block(nn.Module):
         q, k, v, q_mean, k_mean = qkv_norm_rope(qkv, self.norm_q, self.norm_k, tables, self.head_dim, eps=EPS,
                                                 out=kv.slot(self.layer))
         k, v, k_mean = kv.append(self.layer, k, v, k_mean)
-        mask = lcsa_mask(q_mean, k_mean, local, slices=len(tables[0]) // 2, topk=topk)
+        mask = lcsa_mask(q_mean, k_mean, local, slices=len(tables[0]) // 2, topk=topk, columns=len(tables[2]) // 8)
         return F.linear(sparse_attn(q, k, v, mask).flatten(2), self.o_weight, self.o_bias)
 
     def cross_attention(self, x: Tensor) -> Tensor:

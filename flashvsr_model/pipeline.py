@@ -1,5 +1,6 @@
-"""One upscale from an open Clip to a writer: reading ahead in a thread, the model here, writing behind in a
-thread.
+"""One upscale from an open Clip to a writer: reading ahead in a thread, the model here, and in another
+thread what waits for its results: fetching them from a GPU, and writing. So a GPU always has work while there
+are frames to read and room to write.
 """
 import queue
 import threading
@@ -7,24 +8,43 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from .clip import Clip, Picture
 from .pixels import UserError
+from .results import Busy, results_of
 
-AHEAD, BEHIND = 16, 8           # items read ahead, items that wait to be written
+AHEAD, BEHIND = 32, 2           # items read ahead; results, of 21 or 8 frames, that wait to be written
 
 
 @dataclass(frozen=True)
 class Summary:
     """frames: written; seconds: from the first frame read to the file's end; interrupted: Ctrl-C ended it
     early.
+
+    busy: of "read", "upscale" and "write" the seconds in which each worked and did not wait for another;
+        results.CudaResults says what that is on a GPU
     """
     frames: int
     seconds: float
     interrupted: bool
+    busy: dict[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that worked the longest: nothing gets faster unless it does."""
+        return max(self.busy, key=self.busy.get)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is written at once: packets, then results, with the times and names of the pictures taken."""
+    packets: list
+    taken: list[Picture]
+    results: Iterator[np.ndarray]
 
 
 class _Failed:
@@ -44,6 +64,17 @@ def _offer(box: queue.Queue, item: object, stopped: threading.Event) -> bool:
         except queue.Full:
             continue
     return False
+
+
+def _timed(items: Iterable, busy: Busy) -> Iterator:
+    """The same items; busy while they are made."""
+    items = iter(items)
+    while True:
+        with busy:
+            item = next(items, _END)
+        if item is _END:
+            return
+        yield item
 
 
 def read_ahead(items: Iterable, depth: int) -> Iterator:
@@ -72,12 +103,17 @@ def read_ahead(items: Iterable, depth: int) -> Iterator:
 
 
 class WriteBehind:
-    """A writer's calls done in a thread, at most depth of them waiting; its exceptions are raised by the next
-    call.
+    """Batches written in a thread, at most depth of them waiting; its exceptions are raised by the next call.
+
+    busy: in the writer's calls, not while results are waited for
     """
 
-    def __init__(self, writer, depth: int):
-        self.writer, self.box, self.stopped = writer, queue.Queue(depth), threading.Event()
+    def __init__(self, writer, depth: int, picture: Callable[[Picture, np.ndarray], Picture]):
+        """picture: makes what is written of a frame taken and its result, an array that is used again after
+        the call
+        """
+        self.writer, self.box, self.picture = writer, queue.Queue(depth), picture
+        self.busy, self.stopped = Busy(), threading.Event()
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="write", daemon=True)
         self.thread.start()
@@ -86,25 +122,33 @@ class WriteBehind:
         try:
             while not self.stopped.is_set():
                 try:
-                    item = self.box.get(timeout=0.05)
+                    batch = self.box.get(timeout=0.05)
                 except queue.Empty:
                     continue
-                if item is _END:
+                if batch is _END:
                     return
-                if isinstance(item, Picture):
-                    self.writer.picture(item)
-                else:
-                    self.writer.packet(item)
+                self._write(batch)
+                del batch               # a result on a GPU is not kept until the next one comes
         except BaseException as error:  # carried across and raised in put or finish
             self.error = error
             self.stopped.set()
+
+    def _write(self, batch: _Batch) -> None:
+        with self.busy:
+            for packet in batch.packets:
+                self.writer.packet(packet)
+        for result, taken in zip(batch.results, batch.taken, strict=True):
+            if self.stopped.is_set():
+                return
+            with self.busy:
+                self.writer.picture(self.picture(taken, result))
 
     def _raise(self) -> None:
         if self.error is not None:
             raise self.error
 
-    def put(self, item: object) -> None:
-        if not _offer(self.box, item, self.stopped):
+    def put(self, batch: object) -> None:
+        if not _offer(self.box, batch, self.stopped):
             self._raise()
 
     def finish(self, *, cut: bool) -> None:
@@ -112,10 +156,11 @@ class WriteBehind:
         self.put(_END)
         self.thread.join()
         self._raise()
-        if self.writer.pictures:
-            self.writer.finish(cut=cut)
-        else:
-            self.writer.abort()
+        with self.busy:
+            if self.writer.pictures:
+                self.writer.finish(cut=cut)
+            else:
+                self.writer.abort()
 
     def abort(self) -> None:
         """Drops what waits and removes the unfinished file."""
@@ -129,50 +174,64 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
     """Every picture of clip through upscaler into writer, packets beside them.
 
     upscaler: new_state(h, w) -> state, push(state, (1, h, w, 3)) and flush(state) -> (t, 4h, 4w, 3) tensors
-        or arrays; for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1]
-    writer: VideoWriter or FolderWriter    watch: called with each frame and its result, arrays as they are
-    progress: called after each push with the number of frames that came out
+        or arrays; for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1].
+        With a device that is a GPU it gets graphs=True too, and push need not wait for the GPU
+    writer: VideoWriter or FolderWriter, used in a thread
+    watch: called in that thread with each frame and its result, arrays as they are
+    progress: called with the number of frames that a push gave, when it gave some
     Ctrl-C ends the output with the frames that are done. Any other exception removes it and is raised.
     """
-    began, waiting, interrupted = time.perf_counter(), deque(), False
+    began, interrupted = time.perf_counter(), False
+    device = getattr(upscaler, "device", torch.device("cpu"))
+    options = {"out_dtype": torch.float32} if clip.deep else {}
     try:
         state = upscaler.new_state(clip.height, clip.width,
-                                   **({"out_dtype": torch.float32} if clip.deep else {}))
+                                   **options | ({"graphs": True} if device.type == "cuda" else {}))
     except BaseException as error:
         writer.abort()
         if isinstance(error, ValueError):
             raise UserError(str(error)) from error
         raise
-    sink = WriteBehind(writer, BEHIND)
 
-    def give(result) -> None:
-        result = result if isinstance(result, np.ndarray) else result.cpu().numpy()
-        for rgb in result:
-            taken = waiting.popleft()
-            if clip.deep:
-                rgb = (rgb * 65535 + 0.5).astype(np.uint16)
-            if watch is not None:
-                watch(taken.rgb, rgb)
-            sink.put(Picture(rgb, taken.pts, taken.duration, taken.name))
-        progress(len(result))
+    def picture(taken: Picture, rgb: np.ndarray) -> Picture:
+        if clip.deep:
+            rgb = (rgb * 65535 + 0.5).astype(np.uint16)
+        if watch is not None:
+            watch(taken.rgb, rgb.copy())
+        return Picture(rgb, taken.pts, taken.duration, taken.name)
 
-    items = read_ahead(clip.items, AHEAD)
+    results, reading, sink = results_of(device), Busy(), WriteBehind(writer, BEHIND, picture)
+    waiting, packets = deque(), []
+
+    def give(call: Callable[[], object]) -> None:
+        nonlocal packets
+        result = results.run(call)
+        if count := len(result):
+            taken = [waiting.popleft() for _ in range(count)]
+            batch, packets = _Batch(packets, taken, results.frames(result)), []
+            sink.put(batch)
+            progress(count)
+
+    items = read_ahead(_timed(clip.items, reading), AHEAD)
     try:
         try:
             for item in items:
                 if not isinstance(item, Picture):
-                    sink.put(item)
+                    packets.append(item)
                     continue
                 waiting.append(item)
                 frame = item.rgb[None]
-                give(upscaler.push(state, frame.astype(np.float32) / 65535 if clip.deep else frame))
-            give(upscaler.flush(state))
+                frame = frame.astype(np.float32) / 65535 if clip.deep else frame
+                give(partial(upscaler.push, state, frame))
+            give(partial(upscaler.flush, state))
         except KeyboardInterrupt:
             interrupted = True
         items.close()
+        sink.put(_Batch(packets, [], iter(())))
         sink.finish(cut=interrupted or clip.cut)
     except BaseException:
         items.close()
         sink.abort()
         raise
-    return Summary(writer.pictures, time.perf_counter() - began, interrupted)
+    return Summary(writer.pictures, time.perf_counter() - began, interrupted,
+                   {"read": reading.seconds, "upscale": results.busy.seconds, "write": sink.busy.seconds})

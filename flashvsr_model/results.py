@@ -1,4 +1,5 @@
-"""Results on their way from the model to the writer, and how long they took; all that a GPU needs for it is here.
+"""Results on their way from the model to the writer, and how long they took; what a GPU needs for it is here
+alone.
 """
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class CudaResult:
 
     def __init__(self, call: Callable[[], Tensor], device: torch.device):
         stream = cuda.current_stream(device)
-        # blocking: the thread that waits sleeps, instead of asking again and again on a core the encoder needs
+        # blocking: the thread that waits sleeps, instead of spinning on a core that the encoder needs
         self.begun, self.done = (cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self.begun.record(stream)
         self.frames = call()
@@ -55,9 +56,9 @@ class CudaResult:
 class CudaResults:
     """Results that one thread asks for with `run`, which does not wait, and another fetches with `frames`.
 
-    busy: from when the GPU reaches a call's work, having done what it was given before, until all of it is done. So
-    a GPU that waits for a slow host in a call is busy; one that waits between calls, for frames to read or for room
-    to write, is not. Calls that give no frames are left out.
+    busy: from when the GPU comes to a call's work, having done what it was given before, until it is done.
+        So a GPU that waits for a slow host within a call is busy; one that waits between calls, for frames to
+        be read or for room to write, is not. Calls that give no frames do not count.
     """
 
     def __init__(self, device: torch.device):
@@ -67,17 +68,17 @@ class CudaResults:
         self.copied = [cuda.Event(blocking=True) for _ in range(2)]
 
     def run(self, call: Callable[[], Tensor]) -> CudaResult:
-        """What call gives, (t, H, W, 3) on the GPU; always of one size and dtype, and t at least 1 at first or 0."""
+        """What call gives, (t, H, W, 3) on the GPU, of the same H, W and dtype each time."""
         result = CudaResult(call, self.device)
-        if len(result) and not self.places:     # here, not in frames: never beside the recording of a CUDA graph
+        if len(result) and not self.places:     # not in frames: this thread may record a CUDA graph meanwhile
             self.places = [_pinned(result.frames[0]) for _ in range(2)]
         return result
 
     def frames(self, result: CudaResult) -> Iterator[np.ndarray]:
         """Waits for the result and gives its frames; each stays as it is until the next is asked for.
 
-        The tensor was made on another stream than it is read on. Its memory may be used again only when the copies
-        are done: whoever drops it must take all the frames first.
+        The memory of the result is free for other work on its own stream as soon as nobody holds the tensor:
+        this holds it until the host knows that the last copy is done.
         """
         count = len(result)
         self.stream.wait_event(result.done)

@@ -1,4 +1,5 @@
 """Frames in, frames four times as large out, chunk by chunk."""
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -74,6 +75,21 @@ class StreamingUpscaler:
                              f"{width}x{height}; raise it")
         return StreamState(self.config, height, width, dtype=self.dtype, device=self.device,
                            out_dtype=out_dtype, graphs=graphs)
+
+    @torch.no_grad()
+    def warm_up(self, state: StreamState, *, eight_bit: bool = True) -> float:
+        """Runs black frames through state until all its kernels are compiled and its graphs recorded, and resets it.
+
+        eight_bit: the kind of frames that will come    Returns the seconds it took.
+        """
+        began, steady = time.perf_counter(), 1 if state.graphs is None else 1 + self.config.ring_slices
+        frame = torch.zeros(state.geometry.height, state.geometry.width, 3)
+        for _ in range(FIRST_FRAMES + SLICE_FRAMES * steady):
+            self.push(state, [frame.to(torch.uint8) if eight_bit else frame])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        state.reset()
+        return time.perf_counter() - began
 
     def push(self, state: StreamState, frames: Tensor | np.ndarray | Iterable[np.ndarray]) -> Tensor:
         """Takes frames, gives those that are ready: 21 after the first 25, then 8 for every 8.

@@ -92,8 +92,8 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
     state = upscaler.new_state(H // SCALE, W // SCALE)
     seen = Recorder()
 
-    def record_mask(q_mean, k_mean, local, *, slices, topk) -> BlockMask:
-        mask = lcsa_mask(q_mean, k_mean, local, slices=slices, topk=topk)
+    def record_mask(*call, **options) -> BlockMask:
+        mask = lcsa_mask(*call, **options)
         ring = state.kv  # slots to slices in the order of time, as the file has them
         order = [s % ring.slots for s in range(ring.written + ring.chunk - ring.filled,
                                                ring.written + ring.chunk)]

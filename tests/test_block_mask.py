@@ -36,6 +36,21 @@ def test_order_takes_neighbours_in_turn(B, H, Mq, groups):
     assert mask.order.dtype == torch.int32 and mask.order.tolist() == wanted
 
 
+@pytest.mark.parametrize("rows, columns", [(6, 11), (16, 30), (3, 8), (5, 1), (1, 20)], ids=str)
+def test_neighbours_are_those_of_strips(rows, columns):
+    """With lists of one length, order is the picture strip by strip, 8 columns wide, of each head and slice."""
+    wanted = sorted(range(rows * columns), key=lambda at: (at % columns // 8, at // columns, at % columns))
+    dense = torch.ones(1, 1, rows * columns, 4, dtype=torch.bool)
+    assert BlockMask.from_dense(dense, columns=columns).order.tolist() == wanted
+    heads = BlockMask.from_dense(dense.expand(1, 3, -1, -1), columns=columns).order.view(3, -1)
+    assert torch.equal(heads, torch.tensor(wanted) + rows * columns * torch.arange(3)[:, None])
+    q = torch.randn(1, 1, rows * columns, 64)
+    local = torch.ones(rows * columns, rows * columns, dtype=torch.bool)
+    mask = lcsa_mask(q, q, local, slices=1, topk=rows * columns * 2, columns=columns)
+    again = BlockMask.from_dense(mask.to_dense(), columns=columns)
+    assert torch.equal(mask.order, again.order)
+
+
 def test_a_larger_gpu_takes_more_at_a_time(monkeypatch):
     monkeypatch.setattr(block_mask, "PROCESSORS", 148)
     assert block_mask.waves(792, torch.device("cpu")) == (148, 5)
@@ -44,10 +59,10 @@ def test_a_larger_gpu_takes_more_at_a_time(monkeypatch):
 def test_operators_are_registered_right():
     ops, check = torch.ops.flashvsr, torch.library.opcheck
     q, k = torch.randn(2, 2, 12, 64, requires_grad=True), torch.randn(2, 2, 18, 64)
-    check(ops.lcsa_mask.default, (q, k, local_window(3, 2, 3), 2, 30, None))
+    check(ops.lcsa_mask.default, (q, k, local_window(3, 2, 3), 2, 30, 2, None))
     dense = torch.rand(2, 2, 12, 18) < 0.5
-    check(ops.block_lists.default, (dense, None))
-    check(ops.transposed_lists.default, (*ops.block_lists(dense, None)[:2], 18, None))
+    check(ops.block_lists.default, (dense, 12, None))
+    check(ops.transposed_lists.default, (*ops.block_lists(dense, 12, None)[:2], 18, None))
 
 
 def test_compiles_to_one_graph():
@@ -123,6 +138,10 @@ def test_underflowed_probability_is_never_kept():
 
 
 @pytest.mark.parametrize("call, message", [
+    (lambda: BlockMask.from_dense(torch.ones(1, 1, 6, 2, dtype=torch.bool), columns=4),
+     "columns must divide the 6 blocks, got 4"),
+    (lambda: lcsa_mask(torch.zeros(1, 1, 8, 64), torch.zeros(1, 1, 4, 64), local_window(2, 2, 3), slices=2, topk=3,
+                       columns=8), "columns must divide the 4 blocks, got 8"),
     (lambda: BlockMask.from_dense(torch.zeros(2, 2)),
      r"dense must be bool \(B, H, Mq, Mk\), got torch.float32 \(2, 2\)"),
     (lambda: local_window(0, 2, 3), "rows, cols and window must be at least 1, got 0, 2 and 3"),
@@ -137,7 +156,7 @@ def test_underflowed_probability_is_never_kept():
                        slices=1, topk=1), "one dtype .* got torch.float32 and torch.float16 on cpu, cpu"),
     (lambda: lcsa_mask(torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), local_window(2, 2, 3), slices=1,
                        topk=1, backend="cuda"), "backend of lcsa_mask must be one of triton, reference or"),
-], ids=["dtype", "size", "edge", "heads", "slices", "topk", "dtypes", "backend"])
+], ids=["columns", "columns of a slice", "dtype", "size", "edge", "heads", "slices", "topk", "dtypes", "backend"])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

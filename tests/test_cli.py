@@ -1,5 +1,6 @@
 """The command line with a stand-in for the model: what is kept, what is refused, and in which words."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_upscale_says_what_it_wrote(clip, tmp_path, capsys):
     assert out == ""
     assert (f"wrote {tmp_path / 'out.mp4'}: 60 frames of 192x128 in " in err and "frames/s" in err
             and "GiB" in err)
+    assert re.search(r"bottleneck: (read|upscal|writ)ing \(read \d+ %, upscale \d+ %, write \d+ % busy\)$",
+                     err)
     assert "48x32 to 192x128" in err and "60/60" in err                                   # the progress bar
     before, after = facts(clip), facts(tmp_path / "out.mp4")
     assert [d for _, d in after["packets"][1]] == [d for _, d in before["packets"][1]]

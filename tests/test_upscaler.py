@@ -274,3 +274,10 @@ def test_graphs_give_the_same_bits(color, kind):
         assert torch.equal(*outs)
         state.reset(), plain.reset()
     assert state.graphs.seconds > 0
+
+
+def test_warm_up_leaves_no_trace(upscaler):
+    frames = clip(30)
+    state = upscaler.new_state(32, 32)
+    assert upscaler.warm_up(state) > 0 and state.pushed == 0
+    assert torch.equal(torch.cat([upscaler.push(state, frames), upscaler.flush(state)]), upscaler.upscale(frames))
