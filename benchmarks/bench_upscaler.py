@@ -8,8 +8,8 @@ then for each size and sparse ratio:
 
 whole: a clip of --frames, from the first frame pushed to the last one done, in frames a second (median of
 three clips, everything compiled and recorded), and the delay of the first frames beside that of the 25 that
-they wait for; what recording the CUDA graphs took, which a stream does once; and the very first clip, for
-which kernels are compiled or found in their cache.
+they wait for. What warming up took, in which kernels are compiled or found in their cache, and of that what
+recording the CUDA graphs took, which each stream does.
 memory: the most that PyTorch allocated and reserved, with what weights and the stream's state are of it.
 steady: the time from one chunk of 8 frames to the next while chunks follow one another for --seconds, median,
 20th and 80th percentile; what the host needs of it; the GPU's clock and power at the end.
@@ -51,15 +51,14 @@ TRACE = Path("build/upscaler_trace.json")
 
 
 def whole(stream: Stream) -> dict:
-    """Seconds of clips and of their first frames; what was compiled or recorded on the way."""
-    first_ever = stream.whole()[1]
-    stream.start()  # a short clip may not have come to all graphs
+    """Seconds of clips and of their first frames, and of what was done once before."""
+    warm_up = stream.model.warm_up(stream.state)
     times = [stream.whole() for _ in range(CLIPS)]
     delay, total = (median(column) for column in zip(*times))
-    frames = len(stream.clip)
+    frames, graphs = len(stream.clip), stream.state.graphs
     row = {"frames": frames, "seconds": total, "fps": frames / total, "first_frame": delay,
-           "first_clip": first_ever}
-    return row | ({"recording": stream.state.graphs.seconds} if stream.state.graphs else {})
+           "warm_up": warm_up}
+    return row if graphs is None else row | {"recording": graphs.seconds}
 
 
 def memory(stream: Stream, weights: int) -> dict:
@@ -165,9 +164,9 @@ def run(stream: Stream, weights: int, duration: float) -> tuple[dict, list[dict]
 
 
 def whole_line(row: dict) -> str:
-    recorded = f"; recording graphs {row['recording']:.2f} s" if "recording" in row else ""
+    graphs = f", of it recording graphs {row['recording']:.2f} s" if "recording" in row else ""
     return (f"  whole    {row['fps']:.2f} FPS: {row['frames']} frames in {row['seconds']:.3f} s, the first "
-            f"after {row['first_frame']:.3f} s{recorded}; the first clip of all {row['first_clip']:.1f} s")
+            f"after {row['first_frame']:.3f} s; warming up before {row['warm_up']:.1f} s{graphs}")
 
 
 def steady_line(row: dict) -> str:

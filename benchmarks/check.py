@@ -2,12 +2,13 @@
 
     python -m benchmarks.check            --update records this machine's figures instead
 
-Three gates. Two of ratios measured in turn in one run, against those committed for this GPU, or on a machine
-without one for the C++ ops on one thread of a CPU: attention's ideal time to its time (bench_attention), and
-the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
-(bench_decoder). And what the compilers made of the Triton and Gluon kernels (registers, shared memory,
-spills, wgmma and TMA), which needs Triton but no GPU. A GPU without committed figures, or with those of other
-versions of torch or Triton, is reported, not gated.
+Four gates. Three of ratios measured in turn in one run, against those committed for this GPU, or on a machine
+without one for the C++ ops on one thread of a CPU: attention's ideal time to its time (bench_attention); the
+time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
+(bench_decoder); and of the whole model's steady chunk the floor to its time (bench_upscaler). And what the
+compilers made of the Triton and Gluon kernels (registers, shared memory, spills, wgmma and TMA), which needs
+Triton but no GPU. What has no committed figures, or on a GPU those of other versions of torch or Triton, is
+reported, not gated.
 """
 import argparse
 import json
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from . import bench_decoder, decoder_cases, decoder_peers, machine, spot_check
+from . import (bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
+               upscaler_stream)
 from .bench_attention import BACKENDS, line, run, save
 from .cases import Case, grid
 from .peers import OURS
@@ -68,6 +70,16 @@ def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[
         wrong += [f"{row['case']}/{row['contestant']}: {row.get('refused', 'error ' + str(row.get('error')))}"
                   for row in bench_decoder.wrong(rows, refused, bench_decoder.WORST)]
     return found, wrong
+
+
+def upscaler_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
+    """Floor over time of a steady chunk of the device's usual case; nothing can be wrong with it."""
+    case = upscaler_stream.usual(device)
+    model = upscaler_stream.random_model(case.config, case.dtype, device)
+    stream = upscaler_stream.Stream(case, model, upscaler_stream.FEWEST)
+    found = {case.key: float(f"{bench_upscaler.of_floor(stream, seconds):.5g}")}
+    print(f"{case.key}: steady chunk at {found[case.key]:.3f} of the floor", flush=True)
+    return found, []
 
 
 def gate(found: dict[str, float], committed: dict[str, float], bound: float) -> list[str]:
@@ -138,10 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="record figures instead of gating")
     parser.add_argument("--commit", default=machine.commit(), help="to record, where there is no git")
-    parser.add_argument("--part", choices=("ratios", "decoder", "static"),
-                        help="one gate alone: attention's ratios, the decoder's, the compilers' facts")
+    parser.add_argument("--part", choices=("ratios", "decoder", "upscaler", "static"), help="one gate alone: "
+                        "ratios of attention, the decoder, the whole model, or the compilers' facts")
     parser.add_argument("--baseline", type=Path, default=RESULTS / "attention_ratios.json")
     parser.add_argument("--decoder-baseline", type=Path, default=RESULTS / "decoder_ratios.json")
+    parser.add_argument("--upscaler-baseline", type=Path, default=RESULTS / "upscaler_ratios.json")
     parser.add_argument("--static", type=Path, default=RESULTS / "static.json")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
     args = parser.parse_args(argv)
@@ -151,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     record = args.commit if args.update else None
     for part, measured, path in (("ratios", ratios, args.baseline),
-                                 ("decoder", decoder_ratios, args.decoder_baseline)):
+                                 ("decoder", decoder_ratios, args.decoder_baseline),
+                                 ("upscaler", upscaler_ratios, args.upscaler_baseline)):
         if args.part in (None, part):
             worse += check_ratios(measured, device, args.seconds, path, record)
     if args.part in (None, "static"):

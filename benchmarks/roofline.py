@@ -145,9 +145,9 @@ def _decoder(config: FlashVSRConfig, height: int, width: int) -> tuple[float, fl
 def floor(config: FlashVSRConfig, g: Geometry, itemsize: int = 2) -> list[tuple[str, float, float]]:
     """Name, FLOP and bytes of what one steady chunk cannot do without. The floor is the sum of their times.
 
-    Bytes count where there is no matrix product to hide them: the norms' as in parts; of the enlarged pictures
-    and of those of 8 bits, made from float32; and of the decoder's last convolution, to 3 channels, whose FLOP
-    do not count in return. Masks and all that is not here should cost nothing.
+    Bytes count where there is no matrix product to hide them: the norms' as in parts; of enlarged pictures,
+    and of those of 8 bits, made from float32; and of the decoder's last convolution, to 3 channels, whose
+    FLOP do not count in return. Masks and all that is not here should cost nothing.
     itemsize: bytes of the model's numbers
     """
     inside = SLICE_FRAMES * g.padded_height * g.padded_width

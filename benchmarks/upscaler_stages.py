@@ -101,7 +101,7 @@ def stage_times(stream: Stream, chunks: int) -> dict[str, float]:
     """
     found, graphs = [], stream.state.graphs
     for _ in range(chunks):
-        for _ in range(2 if graphs else 0):
+        for _ in range(0 if graphs is None else 2):
             stream.push()
         stream.state.graphs = None
         watch = Stopwatch(stream.device)

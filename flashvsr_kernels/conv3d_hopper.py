@@ -72,9 +72,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma:
         blocks = [[1, 1, rows, COLS, 64] for rows in (1, ROWS)]
         pictures = [_descriptor(source, block) for source in (x, context, edges) for block in blocks]
         by_tap = weight.permute(0, 2, 3, 4, 1).view(O, taps * 9, C)
-        kernel[(programs,)](*pictures, _descriptor(by_tap, [128, 1, 64]), bias, out, squares, items, programs,
-                            tiles, squares.shape[1], T, H, W, C, O, TAPS=taps, NORM=gamma is not None,
-                            num_warps=4, **chosen)
+        conv3d_kernel[(programs,)](*pictures, _descriptor(by_tap, [128, 1, 64]), bias, out, squares, items, programs,
+                                  tiles, squares.shape[1], T, H, W, C, O, TAPS=taps, NORM=gamma is not None,
+                                  num_warps=4, **chosen)
         if gamma is not None:
             normalise(out, squares, gamma)
     return out
@@ -233,9 +233,9 @@ def _consumer(G: gl.constexpr, bias, out, squares, items, programs, tiles, pixel
 
 
 @gluon.jit(do_not_specialize=["items", "programs", "tiles", "pixels", "T", "H", "W", "C"])
-def kernel(x_row, x_rows, tail_row, tail_rows, edge_row, edge_rows, w_desc, bias, out, squares, items, programs,
-           tiles, pixels, T, H, W, C, O, TAPS: gl.constexpr, NORM: gl.constexpr, PT: gl.constexpr,
-           OT: gl.constexpr, WS: gl.constexpr):
+def conv3d_kernel(x_row, x_rows, tail_row, tail_rows, edge_row, edge_rows, w_desc, bias, out, squares, items, programs,
+                  tiles, pixels, T, H, W, C, O, TAPS: gl.constexpr, NORM: gl.constexpr, PT: gl.constexpr,
+                  OT: gl.constexpr, WS: gl.constexpr):
     x_ring = gl.allocate_shared_memory(x_rows.dtype, [X_SLOTS * PT * 18, 8, 64], gl.NVMMASharedLayout(128, 16, 2))
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [WS * OT, 128, 1, 64], w_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [X_SLOTS, 1], mbarrier.MBarrierLayout())

@@ -101,7 +101,7 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: T
     pixels = [None if y is None else _descriptor(y, box) for y in (x, past) for box in (body, rest)]
     half = h // 4, w  # 64 pixels, what one wgmma takes
     with torch.cuda.device_of(x):
-        kernel[lambda _: (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)](
+        conv3x3_kernel[lambda _: (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)](
             *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, [1, half[0], 1, half[1], block]),
             None if residual is None else _descriptor(residual, [1, *half, block]), bias, tiles,
             rows // block, O // block, across, down, C, RELU=relu, num_warps=4,
@@ -302,9 +302,9 @@ def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, pa
 
 
 @gluon.jit(do_not_specialize=["tiles", "columns", "panels", "across", "down", "C"])
-def kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, residual_desc, bias, tiles, columns,
-           panels, across, down, C, SIDE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-           HALVES: gl.constexpr, RELU: gl.constexpr):
+def conv3x3_kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, residual_desc, bias, tiles, columns,
+                   panels, across, down, C, SIDE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+                   HALVES: gl.constexpr, RELU: gl.constexpr):
     PAST: gl.constexpr = past_body is not None
     RESIDUAL: gl.constexpr = residual_desc is not None
     BIAS: gl.constexpr = bias is not None

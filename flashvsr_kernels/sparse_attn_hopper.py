@@ -52,9 +52,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     half, whole = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D]
     with torch.cuda.device_of(q):
-        kernel[(B * H * Mq,)](_descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole),
-                              _descriptor(out, half), lse, index, count, order, scale * math.log2(math.e), Lq,
-                              Lk, H, Mq, cap, **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
+        forward_kernel[(B * H * Mq,)](
+            _descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole), _descriptor(out, half), lse, index,
+            count, order, scale * math.log2(math.e), Lq, Lk, H, Mq, cap,
+            **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
     return out, lse
 
 
@@ -245,8 +246,8 @@ def _consumer(W: gl.constexpr, out_desc, lse, index, count, order, c, Lq, Lk, H,
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "H", "Mq", "cap"])
-def kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap,
-           FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap,
+                   FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = k_desc.block_shape[3]
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 128, 1, D], k_desc.layout)

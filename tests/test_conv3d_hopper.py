@@ -70,10 +70,10 @@ def language():
 
 def on_threads(module, late):
     """What lets module's launcher run on CPU tensors: names and their stand-ins."""
-    kernel = gluon_on_threads.Launcher(module, "kernel", late)
+    kernel = gluon_on_threads.Launcher(module, "conv3d_kernel", late)
     kernel.function.__globals__["gl"] = language()
     edges = type("Launcher", (), {"__getitem__": lambda self, grid: border})()
-    return dict(kernel=kernel, _edges=edges, normalise=normalise, PROCESSORS=kernel.programs)
+    return dict(conv3d_kernel=kernel, _edges=edges, normalise=normalise, PROCESSORS=kernel.programs)
 
 
 def replace(monkeypatch, module, names):

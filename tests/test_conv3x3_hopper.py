@@ -42,7 +42,7 @@ REAL = {"A": (4, 768, 1408, 128, 128, False, False), "A + residual": (4, 768, 14
         "D": (2, 96, 176, 512, 512, False, True), "D past": (2, 96, 176, 512, 512, True, False),
         "first": (2, 96, 176, 784, 512, False, False)}
 FOLDED = {"1": (2, 96, 176, 512, 256, 1), "2": (2, 192, 352, 256, 128, 2), "3": (4, 384, 704, 128, 128, 2)}
-THREADS = {late: Launcher(conv3x3_hopper, "kernel", late) for late in ("products", "copies")}
+THREADS = {late: Launcher(conv3x3_hopper, "conv3x3_kernel", late) for late in ("products", "copies")}
 with_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
@@ -56,7 +56,7 @@ def device(request, monkeypatch):
         if REFUSAL is not None:
             pytest.skip(REFUSAL)
         return "cuda"
-    monkeypatch.setattr(conv3x3_hopper, "kernel", THREADS[request.param.split()[1]])
+    monkeypatch.setattr(conv3x3_hopper, "conv3x3_kernel", THREADS[request.param.split()[1]])
     return "cpu"
 
 
@@ -191,10 +191,10 @@ def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
     linecache.clearcache()
     mistaken = importlib.import_module("mistaken_conv3x3")
-    launchers = [Launcher(mistaken, "kernel", late) for late in ("products", "copies")]
+    launchers = [Launcher(mistaken, "conv3x3_kernel", late) for late in ("products", "copies")]
     call, found = make("cpu", 1, 33, 66, 64, 64), []
     for launcher, residual in product(launchers, (None, call[4])):
-        monkeypatch.setattr(mistaken, "kernel", launcher)
+        monkeypatch.setattr(mistaken, "conv3x3_kernel", launcher)
         try:
             out, wanted = (op.conv3x3(*call[:4], residual, True) for op in (mistaken, reference))
             found.append(not torch.allclose(out, wanted, atol=0.05, rtol=0.02))

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import bench_upscaler, decoder_peers, machine, peers, roofline, upscaler_stages
+from benchmarks import (bench_upscaler, check, decoder_peers, machine, peers, roofline, upscaler_stages,
+                        upscaler_stream)
 from benchmarks.upscaler_stream import FEWEST, Case, Stream, random_model
 from flashvsr_model import PRESETS, decoder, dit, lq_proj
 from flashvsr_model.state import Geometry
@@ -179,7 +180,7 @@ class Graphs:
     seconds, runs = .5, 0
 
     def run(self, key, compute, *inputs):
-        type(self).runs += 1
+        Graphs.runs += 1
         return torch.cat(compute(*inputs))
 
 
@@ -210,8 +211,8 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "SM 1500.0 MHz, 690.0 of 700.0 W" in printed
     assert "peak 3.00 GiB allocated, 4.00 reserved; weights 1.00" in printed
-    # Two starts; the last chunk of four clips; steady, 3 timed and 4 behind; two before each eager chunk.
-    assert Graphs.runs == 2 * 5 + 4 + (3 + 4) + 2 * bench_upscaler.CHUNKS
+    # Warming up; each clip's last chunk; steady, 5 before, 3 timed, 4 behind; two before each eager chunk.
+    assert Graphs.runs == 4 + 3 + (5 + 3 + 4) + 2 * bench_upscaler.CHUNKS
 
 
 def test_alike_pixels_fail_the_run(monkeypatch, capsys):
@@ -230,3 +231,29 @@ def test_wrong_arguments_are_named(capsys, arguments, match):
     with pytest.raises(SystemExit) as stopped:
         bench_upscaler.main(["--device", "cpu", *arguments])
     assert stopped.value.code == 2 and match in capsys.readouterr().err
+
+
+def test_check_finds_a_planted_slowdown(tmp_path, monkeypatch, capsys):
+    """As recorded it passes; with three times the chunks, and it fails. Measured, not simulated."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(upscaler_stream, "usual", lambda device: CASE)
+    path = tmp_path / "ratios.json"
+    asked = ["--upscaler-baseline", str(path), "--part", "upscaler", "--seconds", "0.3"]
+    assert check.main(asked) == 0 and "committed for cpu: reported only" in capsys.readouterr().out
+    assert check.main([*asked, "--update"]) == 0
+    assert json.loads(path.read_text())["cpu"]["ratios"].keys() == {CASE.key}
+    assert check.main(asked) == 0
+    push = Stream.push
+    monkeypatch.setattr(Stream, "push", lambda stream: [push(stream) for _ in range(3)])
+    assert check.main(asked) == 1
+    assert f"WORSE: {CASE.key}" in capsys.readouterr().out
+
+
+def test_committed_figures_are_those_that_are_gated():
+    path = check.RESULTS / "upscaler_ratios.json"
+    for name, entry in (json.loads(path.read_text()) if path.exists() else {}).items():
+        key, = entry["ratios"]
+        usual = upscaler_stream.SHAPE["cpu" if name == "cpu" else "cuda"]
+        assert key.startswith("/".join(usual) + "/ratio") and entry["ratios"][key] > 0
+        assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
