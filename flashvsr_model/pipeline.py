@@ -175,7 +175,7 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
 
     upscaler: new_state(h, w) -> state, push(state, (1, h, w, 3)) and flush(state) -> (t, 4h, 4w, 3) tensors
         or arrays; for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1].
-        With a device that is a GPU it gets graphs=True too, and push need not wait for the GPU
+        With a device that is a GPU push need not wait for it
     writer: VideoWriter or FolderWriter, used in a thread
     watch: called in that thread with each frame and its result, arrays as they are
     progress: called with the number of frames that a push gave, when it gave some
@@ -185,8 +185,8 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
     device = getattr(upscaler, "device", torch.device("cpu"))
     options = {"out_dtype": torch.float32} if clip.deep else {}
     try:
-        state = upscaler.new_state(clip.height, clip.width,
-                                   **options | ({"graphs": True} if device.type == "cuda" else {}))
+        results = results_of(device)
+        state = upscaler.new_state(clip.height, clip.width, **options)
     except BaseException as error:
         writer.abort()
         if isinstance(error, ValueError):
@@ -200,8 +200,7 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
             watch(taken.rgb, rgb.copy())
         return Picture(rgb, taken.pts, taken.duration, taken.name)
 
-    results, reading, sink = results_of(device), Busy(), WriteBehind(writer, BEHIND, picture)
-    waiting, packets = deque(), []
+    reading, sink, waiting, packets = Busy(), WriteBehind(writer, BEHIND, picture), deque(), []
 
     def give(call: Callable[[], object]) -> None:
         nonlocal packets

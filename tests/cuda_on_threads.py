@@ -1,4 +1,4 @@
-"""A stand-in for CUDA in results.py: streams that are threads, so that what is not waited for is not there yet."""
+"""A stand-in for CUDA in results.py: streams that are threads, so what is not waited for is not there yet."""
 import dataclasses
 import queue
 import threading

@@ -30,8 +30,7 @@ class OnCard(Nearest):
         super().__init__()
         self.card, self.gate, self.launched = card, gate, 0
 
-    def new_state(self, height, width, *, graphs, **options):
-        assert graphs
+    def new_state(self, height, width, **options):
         return super().new_state(height, width, **options)
 
     def push(self, state, frames):
@@ -240,7 +239,7 @@ def test_run_does_not_wait_for_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=["8 bits", "deep"])
 def test_the_model_on_a_gpu_writes_what_it_computes(dtype):
-    """All of it, with CUDA graphs recorded while results are fetched."""
+    """All of it."""
     tensors = {name: drawn(name, shape, 3) for name, shape in expected_shapes(SMALL).items()}
     model = StreamingUpscaler.from_tensors(SMALL, tensors, device="cuda", dtype=torch.bfloat16)
     frames = random_clip(25 + 8 * 9 + 3, 32, 48).numpy()
