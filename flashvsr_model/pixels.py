@@ -109,11 +109,14 @@ def to_frame(rgb: np.ndarray, tags: Tags, space: int, pix_fmt: str, size: tuple[
 
     space: the matrix to convert by where pix_fmt is YUV, which tags may leave unset
     """
-    frame, flags = rgb_frame(rgb), Interpolation.LANCZOS | EXACT
-    crange = tags.range or LIMITED
-    pixels = VideoFormat(pix_fmt)
+    flags, crange, pixels = Interpolation.LANCZOS | EXACT, tags.range or LIMITED, VideoFormat(pix_fmt)
     if rgb.dtype == np.uint16 and not pixels.is_rgb:
         frame = _yuv16(rgb, space, crange, bits(pixels))
+    elif rgb.dtype == np.uint8 and pix_fmt != "rgb24":
+        # without a copy, which costs half as much as the conversion that follows before rgb can change
+        frame = VideoFrame.from_numpy_buffer(np.ascontiguousarray(rgb), format="rgb24")
+    else:
+        frame = rgb_frame(rgb)
     if frame.format.name != pix_fmt or (frame.width, frame.height) != size:
         frame = reformatter.reformat(frame, *size, pix_fmt, interpolation=flags,
                                      dst_colorspace=SWS.get(space, space), dst_color_range=crange)
