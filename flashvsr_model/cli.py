@@ -214,7 +214,8 @@ def _upscale(upscaler, clip: Clip, writer, watch) -> Summary:
                      for stage, spent in summary.busy.items())
     _say(f"{what} {writer.name}: {summary.frames} frames of {writer.width}x{writer.height} in "
          f"{summary.seconds:.1f} s, {summary.frames / summary.seconds:.2f} frames/s, {_memory(device)}; "
-         f"bottleneck: {STAGES[summary.bottleneck]} ({busy} busy)")
+         f"bottleneck: {STAGES[summary.bottleneck]} ({busy} busy)"
+         + f"; kernels were made ready in {summary.ready:.1f} s" * (summary.ready > 0))
     return summary
 
 

@@ -27,11 +27,13 @@ class Summary:
 
     busy: of "read", "upscale" and "write" the seconds in which each worked and did not wait for another;
         results.CudaResults says what that is on a GPU
+    ready: seconds before all that, in which kernels for a GPU were compiled or found in their cache
     """
     frames: int
     seconds: float
     interrupted: bool
     busy: dict[str, float]
+    ready: float
 
     @property
     def bottleneck(self) -> str:
@@ -175,18 +177,21 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
 
     upscaler: new_state(h, w) -> state, push(state, (1, h, w, 3)) and flush(state) -> (t, 4h, 4w, 3) tensors
         or arrays; for deep clips new_state(h, w, out_dtype=torch.float32) and frames and results in [0, 1].
-        With a device that is a GPU push need not wait for it
+        With a device that is a GPU push need not wait for it, and warm_up(state, eight_bit=) -> seconds is called
+        first
     writer: VideoWriter or FolderWriter, used in a thread
     watch: called in that thread with each frame and its result, arrays as they are
     progress: called with the number of frames that a push gave, when it gave some
     Ctrl-C ends the output with the frames that are done. Any other exception removes it and is raised.
     """
-    began, interrupted = time.perf_counter(), False
+    interrupted, ready = False, 0.0
     device = getattr(upscaler, "device", torch.device("cpu"))
     options = {"out_dtype": torch.float32} if clip.deep else {}
     try:
         results = results_of(device)
         state = upscaler.new_state(clip.height, clip.width, **options)
+        if device.type == "cuda":
+            ready = upscaler.warm_up(state, eight_bit=not clip.deep)
     except BaseException as error:
         writer.abort()
         if isinstance(error, ValueError):
@@ -211,6 +216,7 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
             sink.put(batch)
             progress(count)
 
+    began = time.perf_counter()
     items = read_ahead(_timed(clip.items, reading), AHEAD)
     try:
         try:
@@ -233,4 +239,5 @@ def upscale(upscaler, clip: Clip, writer, *, watch: Callable[[np.ndarray, np.nda
         sink.abort()
         raise
     return Summary(writer.pictures, time.perf_counter() - began, interrupted,
-                   {"read": reading.seconds, "upscale": results.busy.seconds, "write": sink.busy.seconds})
+                   {"read": reading.seconds, "upscale": results.busy.seconds, "write": sink.busy.seconds},
+                   ready)
