@@ -6,7 +6,7 @@ green and blue, with y in [-1, 1]: 2 * rgb - 1, or level / 127.5 - 1.
 import torch
 from torch import Tensor
 
-from . import _triton, reference
+from . import _native, _triton, reference
 from .backends import Backend, pick, register
 
 Box = tuple[int, int, int, int]
@@ -31,16 +31,17 @@ def enlarge(frames: Tensor, *, return_moments: bool = False,
 
 
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, *, box: Box | None = None,
-             out_dtype: torch.dtype | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+             out_dtype: torch.dtype | None = None, return_moments: bool = True,
+             backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """The decoder's last convolution, 3x3 to three channels with zero padding 1, and moments of its result.
 
     x: (N, H, W, C)    weight: (3, C, 3, 3)    bias: (3,)    one floating dtype and device
     box: (top, left, height, width) of the part of the result that is wanted, None for all of it
     out_dtype: of the result, x's if None
-    backend: "triton" (sm_80 up; bf16 and fp16, C at most 256 and contiguous), "reference" (PyTorch); None for
-       the first that can run the call
-    Returns rgb (N, height, width, 3), contiguous, and the moments of 2 * rgb - 1, rgb as rounded. It is
-    differentiable in x, weight and bias.
+    backend: "triton" (sm_80 up; bf16 and fp16, C at most 256 and contiguous), "cpu" (conv3x3's), "reference"
+       (PyTorch); None for the first that can run the call
+    Returns rgb (N, height, width, 3), contiguous, and with return_moments the moments of 2 * rgb - 1, rgb as
+    rounded: on a GPU they cost nothing. rgb is differentiable in x, weight and bias.
     Raises as enlarge does.
     """
     if x.ndim != 4 or weight.shape != (3, x.shape[3], 3, 3) or bias.shape != (3,):
@@ -58,7 +59,9 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, *, box: Box | None = None,
         raise ValueError(f"box must be (top, left, height, width) inside {H}x{W}, got {tuple(box)}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be floating or None, got {out_dtype}")
-    return torch.ops.flashvsr.rgb_conv(x, weight, bias, box, out_dtype or x.dtype, backend)
+    call = x, weight, bias, box, out_dtype or x.dtype, return_moments, backend
+    rgb, moments = torch.ops.flashvsr.rgb_conv(*call)
+    return (rgb, moments) if return_moments else rgb
 
 
 def color_moments(frames: Tensor) -> Tensor:
@@ -100,10 +103,15 @@ def _enlarge_triton(frames: Tensor) -> tuple[Tensor, Tensor]:
     return pixels_triton.enlarge(frames)
 
 
-def _rgb_conv_triton(x: Tensor, weight: Tensor, bias: Tensor, box: list[int],
-                     out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rgb_conv_triton(*call: Tensor | list[int] | torch.dtype | bool) -> tuple[Tensor, Tensor]:
     from . import pixels_triton
-    return pixels_triton.rgb_conv(x, weight, bias, box, out_dtype)
+    return pixels_triton.rgb_conv(*call)
+
+
+def _rgb_conv_cpu(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype: torch.dtype,
+                  moments: bool) -> tuple[Tensor, Tensor]:
+    whole = torch.ops.flashvsr.conv3x3_cpu(x, weight, bias, None, None, False)
+    return reference.part_and_moments(whole, box, out_dtype, moments)
 
 
 def _adain_triton(rgb: Tensor, moments: Tensor, source_moments: Tensor, out_dtype: torch.dtype,
@@ -116,7 +124,17 @@ def _on_gpu(x: Tensor) -> str | None:
     return None if x.device.type == "cuda" else f"runs on a CUDA device, the pictures are on {x.device}"
 
 
-def _rgb_conv_supports(x: Tensor) -> str | None:
+def _rgb_conv_cpu_supports(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> str | None:
+    if out_dtype != x.dtype and x.dtype != torch.float32:
+        return f"rounds to {x.dtype} before {out_dtype}"
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bf16 on a CPU, x is {x.dtype} on {x.device}"
+    if not (x.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)):
+        return f"x must be contiguous and weight channels_last, their strides are {x.stride()} and {weight.stride()}"
+    return None
+
+
+def _rgb_conv_supports(x: Tensor, *_: Tensor | torch.dtype) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return _on_gpu(x) or f"has no {x.dtype}"
     if x.shape[3] > 256 or x.stride(3) != 1:
@@ -135,6 +153,7 @@ def _adain_supports(rgb: Tensor) -> str | None:
 register("enlarge", Backend("triton", _enlarge_triton, _triton.available, _on_gpu),
          Backend("reference", reference.enlarge))
 register("rgb_conv", Backend("triton", _rgb_conv_triton, _triton.available, _rgb_conv_supports),
+         Backend("cpu", _rgb_conv_cpu, _native.available, _rgb_conv_cpu_supports),
          Backend("reference", reference.rgb_conv))
 register("color_moments", Backend("reference", reference.color_moments))
 register("adain_uint8", Backend("triton", _adain_triton, _triton.available, _adain_supports),
@@ -142,7 +161,7 @@ register("adain_uint8", Backend("triton", _adain_triton, _triton.available, _ada
 
 _lib.define("enlarge(Tensor frames, str? backend) -> (Tensor, Tensor)")
 _lib.define("rgb_conv(Tensor x, Tensor weight, Tensor bias, SymInt[] box, ScalarType out_dtype, "
-            "str? backend) -> (Tensor, Tensor)")
+            "bool moments, str? backend) -> (Tensor, Tensor)")
 _lib.define("adain_uint8(Tensor rgb, Tensor moments, Tensor source_moments, ScalarType out_dtype, "
             "bool truncate, str? backend) -> Tensor")
 
@@ -153,8 +172,9 @@ def _enlarge(frames, backend):
 
 
 @torch.library.impl(_lib, "rgb_conv", "CompositeExplicitAutograd")
-def _rgb_conv(x, weight, bias, box, out_dtype, backend):
-    return pick("rgb_conv", backend, x).run(x, weight, bias, box, out_dtype)
+def _rgb_conv(x, weight, bias, box, out_dtype, moments, backend):
+    chosen = pick("rgb_conv", backend, x, weight, bias, out_dtype)
+    return chosen.run(x, weight, bias, box, out_dtype, moments)
 
 
 @torch.library.impl(_lib, "adain_uint8", "CompositeExplicitAutograd")
@@ -173,8 +193,9 @@ def _enlarge_fake(frames, backend):
 
 
 @torch.library.register_fake("flashvsr::rgb_conv", lib=_lib)
-def _rgb_conv_fake(x, weight, bias, box, out_dtype, backend):
-    return x.new_empty((x.shape[0], *box[2:], 3), dtype=out_dtype), _moments_fake(x)
+def _rgb_conv_fake(x, weight, bias, box, out_dtype, moments, backend):
+    rgb = x.new_empty((x.shape[0], *box[2:], 3), dtype=out_dtype)
+    return rgb, _moments_fake(x[:len(x) if moments else 0])
 
 
 @torch.library.register_fake("flashvsr::adain_uint8", lib=_lib)
@@ -194,7 +215,7 @@ def _rgb_conv_autograd(ctx, grad, _):
     whole = x.new_zeros((*x.shape[:3], 3))
     whole[:, top:top + height, left:left + width] = grad
     wanted = (*ctx.needs_input_grad[:3], False, False)
-    return *reference.conv3x3_backward(whole, x, weight, None, None, wanted)[:3], None, None, None
+    return *reference.conv3x3_backward(whole, x, weight, None, None, wanted)[:3], None, None, None, None
 
 
 torch.library.register_autograd("flashvsr::rgb_conv", _rgb_conv_autograd, setup_context=_rgb_conv_context,

@@ -45,9 +45,9 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:
     return out, _means(parts, 16 * h * w, 255)
 
 
-def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int],
-             out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Arguments and results as for the public rgb_conv, x with contiguous channels."""
+def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype: torch.dtype,
+             moments: bool = True) -> tuple[Tensor, Tensor]:
+    """Arguments and results as for the public rgb_conv, x with contiguous channels. No moments: none of no picture."""
     N, H, W, C = x.shape
     top, left, height, width = box
     chosen = config(_triton.capability() if x.is_cuda else 80, C)
@@ -60,7 +60,7 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int],
                 x, weight, bias, out, parts, *x.stride()[:3], *weight.stride(), *bias.stride(), H, W, top,
                 left, height, width, C, K=chosen["channels"], P=chosen["width"], R=ROWS,
                 num_warps=chosen["num_warps"], num_stages=chosen["num_stages"])
-    return out, _means(parts, height * width, 1)
+    return out, _means(parts if moments else parts[:0], height * width, 1)
 
 
 def adain_uint8(rgb: Tensor, moments: Tensor, source_moments: Tensor, out_dtype: torch.dtype,

@@ -256,14 +256,19 @@ def bicubic_taps(device: torch.device) -> Tensor:
     return (cubic / cubic.sum(-1, keepdim=True) * 2 ** ROUND).round().int().to(device)
 
 
-def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: Sequence[int],
-             out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top, left, height, width = box
+def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: Sequence[int], out_dtype: torch.dtype,
+             moments: bool = True) -> tuple[Tensor, Tensor]:
     kind = torch.promote_types(x.dtype, out_dtype)  # rounded once, if at all
     rgb = conv3x3(x.to(kind), weight.to(kind), bias.to(kind), None, None, False)
+    return part_and_moments(rgb, box, out_dtype, moments)
+
+
+def part_and_moments(rgb: Tensor, box: Sequence[int], out_dtype: torch.dtype,
+                     moments: bool) -> tuple[Tensor, Tensor]:
+    top, left, height, width = box
     rgb = rgb[:, top:top + height, left:left + width]
     rgb = rgb.to(out_dtype, memory_format=torch.contiguous_format, copy=True)
-    return rgb, color_moments(2 * rgb.double() - 1)
+    return rgb, color_moments(2 * rgb[:len(rgb) if moments else 0].double() - 1)
 
 
 def color_moments(frames: Tensor) -> Tensor:

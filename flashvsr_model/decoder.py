@@ -52,6 +52,7 @@ class Decoder(nn.Module):
     def __init__(self, config: FlashVSRConfig):
         super().__init__()
         a, b, c, d = config.decoder_channels
+        self.moments = config.color == "adain"
         self.in_weight, self.in_bias = (weight(a, 3 * LATENT_FRAMES * 64 + config.latent_channels, 3, 3),
                                         weight(a))
         self.mid_weight = weight(a, a, 3, 3)
@@ -60,14 +61,14 @@ class Decoder(nn.Module):
         self.out2_weight, self.out2_bias = weight(3, d, 3, 3), weight(3)
 
     def forward(self, latent: Tensor, cond: Tensor, memory: list[list[Tensor]],
-                box: tuple[int, int, int, int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+                box: tuple[int, int, int, int] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The four frames of one latent.
 
         latent: (B, C, H/8, W/8)    cond: (B, 4, H, W, 3), the enlarged input in [-1, 1]
         memory: for each stage what its blocks saw last, three tensors (B, h, w, C); replaced
         box: (top, left, height, width) of the part of each frame that is wanted, None for all of it
         Yields frames (B, height, width, 3), about [0, 1], unclamped, in float32 or wider, and the moments of
-        2 * frame - 1.
+        2 * frame - 1 if the colours are matched by them, else None.
         """
         B, _, h, w = latent.shape
         c = cond.view(B, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 2, 4, 6, 1, 3, 5).reshape(B, h, w, -1)
@@ -81,4 +82,6 @@ class Decoder(nn.Module):
             for x in second(x, memory[1]):
                 for x in third(x, memory[2]):
                     x = conv3x3(x, self.out1_weight, relu=True)
-                    yield rgb_conv(x, self.out2_weight, self.out2_bias, box=box, out_dtype=wide)
+                    last = rgb_conv(x, self.out2_weight, self.out2_bias, box=box, out_dtype=wide,
+                                    return_moments=self.moments)
+                    yield last if self.moments else (last, None)

@@ -136,7 +136,7 @@ class StreamingUpscaler:
         frames: (B, 25, H, W, 3) for the first chunk, then (B, 12, H, W, 3) of which 4 were the last of the
         chunk before; enlarged and padded to multiples of 128, in [-1, 1]
         Yields frames (B, H, W, 3), about [0, 1] and unclamped, without colour matching and margin, and the moments
-        of 2 * frame - 1: 21 in all, then 8.
+        of 2 * frame - 1 (Decoder): 21 in all, then 8.
         """
         frames = frames.to(self.device, self.dtype)
         noise, times = self._begin(state, len(frames))
@@ -251,9 +251,8 @@ class StreamingUpscaler:
         """Finished frames, (1, 4h, 4w, 3) each, from input frames as enlarge takes them."""
         g = state.geometry
         large, moments = enlarge(frames)
-        inside = normal(large).to(self.dtype)
-        if any(g.border):
-            inside = F.pad(inside.permute(0, 3, 1, 2), g.border, mode="replicate").permute(0, 2, 3, 1)
+        inside = framed(large, g.border)
+        inside = normal(inside).to(self.dtype)
         done = []
         for i, (frame, its_moments) in enumerate(self._run(state, inside[None], noise, times)):
             one = slice(i, i + 1)
@@ -302,3 +301,16 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor | None]:
 def normal(large: Tensor) -> Tensor:
     """uint8 levels as float32 in [-1, 1]; float frames as they are."""
     return large.float().div_(127.5).sub_(1) if large.dtype == torch.uint8 else large
+
+
+def framed(pictures: Tensor, border: tuple[int, int, int, int]) -> Tensor:
+    """Pictures (T, H, W, 3) continued by their outermost pixels to the left, right, top and bottom."""
+    if not any(border):
+        return pictures
+    (T, H, W, C), (left, right, top, bottom) = pictures.shape, border
+    out = pictures.new_empty((T, top + H + bottom, left + W + right, C))
+    rows, columns = slice(top, top + H), slice(left, left + W)
+    out[:, rows, columns] = pictures
+    out[:, :top, columns], out[:, top + H:, columns] = pictures[:, :1], pictures[:, -1:]
+    out[:, :, :left], out[:, :, left + W:] = out[:, :, left:left + 1], out[:, :, left + W - 1:left + W]
+    return out

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from flashvsr_kernels import adain_uint8, color_moments, enlarge, rgb_conv
+from flashvsr_kernels import _native, adain_uint8, color_moments, enlarge, rgb_conv
 from flashvsr_model.color import match_color
 
 SIZES = [(1, 1), (1, 2), (2, 3), (3, 2), (3, 1), (4, 4), (5, 7), (8, 5), (17, 33), (180, 320)]
@@ -97,6 +97,22 @@ def test_rgb_conv(box, dtype, out_dtype):
     assert torch.equal(x, before)
 
 
+@pytest.mark.skipif(_native.available() is not None, reason=str(_native.available()))
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_rgb_conv_in_cpp(box):
+    x, weight, bias = torch.randn(2, 9, 11, 16), torch.randn(3, 16, 3, 3) / 12, torch.randn(3)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    check_rgb(lambda x, weight, bias, box, kind: rgb_conv(x, weight, bias, box=box, backend="cpu"), x, weight, bias,
+              box, torch.float32)
+    assert all(map(torch.equal, rgb_conv(x, weight, bias), rgb_conv(x, weight, bias, backend="cpu")))
+
+
+def test_moments_are_left_out():
+    call = torch.randn(2, 9, 11, 5), torch.randn(3, 5, 3, 3), torch.randn(3)
+    rgb, _ = rgb_conv(*call)
+    assert torch.equal(rgb_conv(*call, return_moments=False), rgb)
+
+
 def test_no_box_is_the_whole_picture():
     call = torch.randn(2, 9, 11, 5), torch.randn(3, 5, 3, 3), torch.randn(3)
     for ours, wanted in zip(rgb_conv(*call), rgb_conv(*call, box=(0, 0, 9, 11))):
@@ -142,7 +158,7 @@ def test_operators():
     frames = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
     torch.library.opcheck(ops.enlarge.default, (frames, None))
     call = [torch.randn(*size, requires_grad=True) for size in ((2, 9, 11, 5), (3, 5, 3, 3), (3,))]
-    torch.library.opcheck(ops.rgb_conv.default, (*call, [1, 2, 5, 6], torch.float32, None))
+    torch.library.opcheck(ops.rgb_conv.default, (*call, [1, 2, 5, 6], torch.float32, True, None))
     rgb = torch.rand(2, 5, 7, 3)[:, 1:, 1:]
     for out_dtype in (torch.uint8, torch.float32):
         torch.library.opcheck(ops.adain_uint8.default, (rgb, moments, moments, out_dtype, False, None))
@@ -186,5 +202,5 @@ def test_bad_arguments_are_named(call, message):
                                   lambda: adain_uint8(X[..., :3], M, M, backend="triton")],
                          ids=["enlarge", "rgb_conv", "adain_uint8"])
 def test_triton_has_a_reason(call):
-    with pytest.raises(NotImplementedError, match="'triton' cannot run this call\n  triton: .+\n  reference: "):
+    with pytest.raises(NotImplementedError, match="'triton' cannot run this call\n  triton: .+\n(  cpu: .+\n)?  reference: "):
         call()

@@ -213,7 +213,7 @@ def test_graph_with_other_frames():
 def test_operators_on_a_gpu():
     ops = torch.ops.flashvsr
     call = [y.requires_grad_() for y in make("cuda", 2, 9, 11)]
-    torch.library.opcheck(ops.rgb_conv.default, (*call, [1, 2, 5, 6], torch.float32, "triton"))
+    torch.library.opcheck(ops.rgb_conv.default, (*call, [1, 2, 5, 6], torch.float32, True, "triton"))
     frames = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, device="cuda")
     torch.library.opcheck(ops.enlarge.default, (frames, "triton"))
     moments = enlarge(frames, return_moments=True, backend="triton")[1]

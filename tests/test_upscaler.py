@@ -9,7 +9,7 @@ from PIL import Image
 from flashvsr_model import StreamingUpscaler, StreamState
 from flashvsr_model.config import PRESETS
 from flashvsr_model.fuse import expected_shapes
-from flashvsr_model.upscaler import enlarge
+from flashvsr_model.upscaler import enlarge, framed
 from tests.golden import drawn
 
 SMALL = dataclasses.replace(PRESETS["v1.1"], dim=128, num_heads=2, num_layers=2, ffn_dim=96,
@@ -175,6 +175,13 @@ def test_eight_bit_input_is_enlarged_as_pillow_does():
     for frame, result in zip(frames, large):
         pillow = np.asarray(Image.fromarray(frame.numpy()).resize((80, 64), Image.Resampling.BICUBIC))
         assert np.array_equal(result.numpy(), pillow)
+
+
+@pytest.mark.parametrize("border", [(0, 0, 0, 0), (3, 0, 0, 5), (8, 40, 8, 120)], ids=str)
+def test_pictures_are_continued_by_their_border(border):
+    frames = clip(2, 20, 30)
+    wanted = torch.nn.functional.pad(frames.permute(0, 3, 1, 2).float(), border, mode="replicate").permute(0, 2, 3, 1)
+    assert torch.equal(framed(frames, border).float(), wanted)
 
 
 def test_float_input_is_as_good_as_eight_bit(upscaler):
