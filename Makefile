@@ -1,7 +1,7 @@
 # make demo, make test: each does all its set-up in .venv first, and repeats quickly.
 #   make PYTHON=python3.12 test      another Python
 #   make TORCH_INDEX=URL test        an index to take torch from, such as PyTorch's own for CPUs
-#   make ARGS=--quick bench          arguments for each benchmark: attention, decoder, the whole model
+#   make ARGS=--quick bench          arguments for each benchmark: attention, decoder, block, whole model
 # With a C++ compiler the native kernels are built, with nvcc the CUDA ones: setup.py has the switches.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,6 +27,7 @@ test: $(VENV)/triton
 bench: $(VENV)/triton
 	$(RUN) -m benchmarks.bench_attention $(ARGS)
 	$(RUN) -m benchmarks.bench_decoder $(ARGS)
+	$(RUN) -m benchmarks.bench_block $(ARGS)
 	$(RUN) -m benchmarks.bench_upscaler $(ARGS)
 
 check: $(VENV)/triton
