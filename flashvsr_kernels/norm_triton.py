@@ -18,7 +18,9 @@ def config(C: int, itemsize: int) -> dict[str, int]:
     while triton.cdiv(C, W) > PIECES:
         W *= 2
     together = max(1, WARPS * 512 // (W * itemsize))  # rows whose piece is one load of all threads
-    return {"R": together * max(1, 256 // triton.next_power_of_2(C)), "W": W, "num_warps": WARPS}
+    most = max(1, 64 * 32 * WARPS // (triton.cdiv(C, W) * W))  # 64 values a thread: narrow rows must not take more
+    return {"R": min(together * max(1, 256 // triton.next_power_of_2(C)), 1 << most.bit_length() - 1), "W": W,
+            "num_warps": WARPS}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
