@@ -215,10 +215,16 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int,
 
 
 def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma: Tensor | None) -> Tensor:
-    x = (x if tail is None else torch.cat([tail, x], 1)).permute(0, 4, 1, 2, 3)
-    x = F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
+    (B, T, H, W, C), context = x.shape, 0 if tail is None else 2
+    whole = x.new_empty((B, context + T, H + 2, W + 2, C))  # F.pad and torch.cat take five times as long on a CPU
+    inside = whole[:, :, 1:-1, 1:-1]
+    if tail is not None:
+        inside[:, :2] = tail
+    inside[:, context:] = x
+    whole[:, :, 0, 1:-1], whole[:, :, -1, 1:-1] = inside[:, :, 0], inside[:, :, -1]
+    whole[:, :, :, 0], whole[:, :, :, -1] = whole[:, :, :, 1], whole[:, :, :, -2]
     with _full_float32():
-        y = F.conv3d(x, weight, bias, stride=(2, 1, 1)).permute(0, 2, 3, 4, 1)
+        y = F.conv3d(whole.permute(0, 4, 1, 2, 3), weight, bias, stride=(2, 1, 1)).permute(0, 2, 3, 4, 1)
     return y if gamma is None else F.silu(rms_norm(y, gamma, 1e-24))
 
 
