@@ -71,9 +71,12 @@ class Decoder(nn.Module):
         2 * frame - 1 if the colours are matched by them, else None.
         """
         B, _, h, w = latent.shape
-        c = cond.view(B, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 2, 4, 6, 1, 3, 5).reshape(B, h, w, -1)
-        x = torch.cat([c, latent.permute(0, 2, 3, 1)], -1)
-        x = 3 * x.div_(3).tanh_()
+        x = cond.new_empty((B, h, w, self.in_weight.shape[1]))
+        cells = 3 * LATENT_FRAMES * 64
+        x[..., :cells].unflatten(-1, (3, LATENT_FRAMES, 8, 8)).copy_(
+            cond.view(B, LATENT_FRAMES, h, 8, w, 8, 3).permute(0, 2, 4, 6, 1, 3, 5))
+        x[..., cells:] = latent.permute(0, 2, 3, 1)
+        x = x.div_(3).tanh_().mul(3)
         x = conv3x3(x, self.in_weight, self.in_bias, relu=True)
         x = conv3x3(x, self.mid_weight, relu=True)
         first, second, third = self.stages

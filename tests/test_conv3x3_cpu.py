@@ -146,6 +146,16 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
         assert all(map(torch.equal, result, results[0]))
 
 
+def test_large_results():
+    """From 32 MiB on they are written past the caches."""
+    x, weight, *rest = make(1, 390, 705, 3, 32, tail=True)
+    out = conv(x, weight, *rest)
+    check(out, reference.conv3x3(x, weight, *rest), reference.conv3x3(*double((x, weight, *rest))))
+    x, folded = make_folded(2, 90, 705, 5, 32, 1)
+    out = enlarge(x, folded, False)
+    assert torch.equal(out, torch.cat([enlarge(x[n:n + 1], folded, False) for n in range(2)]))
+
+
 def test_no_pixels():
     for shape in (0, 4, 4, 8), (2, 0, 4, 8), (2, 4, 0, 8):
         x, weight = torch.zeros(shape), torch.zeros(5, 8, 3, 3).contiguous(memory_format=torch.channels_last)

@@ -31,6 +31,7 @@ struct Conv3x3Plan {
   int block_columns, block_groups;  // tiles and groups of a block
   int strip_rows;                   // blocks of a strip
   int across, down;                 // strips of a picture
+  bool stream;                      // the result is written past the caches
   int64_t weight_panel;             // floats of one panel's weights
   int64_t scratch;                  // floats of one worker's memory
 };

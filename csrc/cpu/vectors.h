@@ -92,5 +92,20 @@ inline void store(Vector<float> x, float* p, int count) {
 }
 #endif
 
+// Aligned stores of whole cache lines that need not be read first; other threads see them behind the fence.
+inline void store_past_caches(Vector<float> x, float* p) {
+#ifdef __AVX512F__
+  _mm512_stream_ps(p, (__m512)x);
+#else
+  store(x, p);
+#endif
+}
+inline void store_past_caches(Vector<float> x, Bf16* p) { store(x, p); }
+inline void fence_past_caches() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace flashvsr
