@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <string>
 #include <tuple>
 
 #include "bindings.h"
@@ -97,12 +96,12 @@ void check_lists(const flashvsr::SparseAttnParams& p) {
 
 std::tuple<Tensor, Tensor> sparse_attn_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const Tensor& index, const Tensor& count, double scale,
-                                           std::string isa) {
+                                           int64_t isa) {
   SparseAttnCall call = check_sparse_attn(q, k, v, index, count, scale);
   const auto& p = call.params;
   check_lists(p);
-  const auto* kernels = flashvsr::find_sparse_attn_cpu(p.dtype, isa.c_str());
-  STD_TORCH_CHECK(kernels != nullptr, "no build for q's dtype runs on this processor (isa \"", isa, "\")");
+  const auto* kernels = flashvsr::find_sparse_attn_cpu(p.dtype, flashvsr::Isa(isa));
+  STD_TORCH_CHECK(kernels != nullptr, "no build for q's dtype runs on this processor (isa ", isa, ")");
   if (p.batches * p.heads * p.q_blocks > 0)
     flashvsr::run_sparse_attn_cpu(p, *kernels, flashvsr::torch_workers());
   return {call.out, call.lse};
@@ -168,10 +167,9 @@ std::tuple<Tensor, Tensor> sparse_attn_cuda(const Tensor& q, const Tensor& k, co
 
 #ifdef FLASHVSR_CPU
 STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
-  // isa: "" takes the best for this processor; tests and benchmarks name "generic", "avx2", "avx512" or
-  // "avx512bf16".
+  // isa: number of an Isa, for tests
   m.def(
-      "sparse_attn_cpu(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, str isa=\"\") "
+      "sparse_attn_cpu(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, float scale, int isa=0) "
       "-> (Tensor, Tensor)");
 }
 

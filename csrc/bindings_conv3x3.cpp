@@ -4,7 +4,6 @@
 
 #include <limits>
 #include <optional>
-#include <string>
 
 #include "bindings.h"
 #include "cpu/conv3x3.h"
@@ -36,21 +35,21 @@ const void* check_like(const char* name, const std::optional<Tensor>& y, const T
   return y->const_data_ptr();
 }
 
-Tensor run(Conv3x3Params& p, const Tensor& x, const std::string& isa) {
+Tensor run(Conv3x3Params& p, const Tensor& x, int64_t isa) {
   STD_TORCH_CHECK(p.outputs > 0, "there must be output channels");
   const int64_t scale = p.enlarge ? 2 : 1;
   Tensor out = torch::stable::new_empty(
       x, {p.pictures * p.steps, p.height * scale, p.width * scale, int64_t(p.outputs)});
   p.out = out.mutable_data_ptr();
-  const auto* kernels = flashvsr::find_conv3x3_cpu(p.dtype, isa.c_str());
-  STD_TORCH_CHECK(kernels != nullptr, "no build for x's dtype runs on this processor (isa \"", isa, "\")");
+  const auto* kernels = flashvsr::find_conv3x3_cpu(p.dtype, flashvsr::Isa(isa));
+  STD_TORCH_CHECK(kernels != nullptr, "no build for x's dtype runs on this processor (isa ", isa, ")");
   if (p.pictures * p.height * p.width > 0)
     flashvsr::run_conv3x3_cpu(p, *kernels, flashvsr::torch_workers());
   return out;
 }
 
 Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                   std::optional<Tensor> past, std::optional<Tensor> residual, bool relu, std::string isa) {
+                   std::optional<Tensor> past, std::optional<Tensor> residual, bool relu, int64_t isa) {
   Conv3x3Params p = check_picture(x);
   const int64_t inputs = x.size(3) * (past ? 2 : 1), O = weight.dim() ? weight.size(0) : 0;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == 3 && weight.size(3) == 3,
@@ -75,7 +74,7 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   return run(p, x, isa);
 }
 
-Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, std::string isa) {
+Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, int64_t isa) {
   Conv3x3Params p = check_picture(x);
   STD_TORCH_CHECK(folded.dim() == 7 && folded.size(6) == x.size(3), "folded must be (T, 2, 2, O, 2, 2, ",
                   x.size(3), ")");
@@ -91,12 +90,11 @@ Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, std::
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
-  // weight: channels_last    isa: "" takes the best for this processor; tests and benchmarks name "generic",
-  // "avx2" or "avx512".
+  // weight: channels_last    isa: number of an Isa, for tests
   m.def(
       "conv3x3_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
-      "str isa=\"\") -> Tensor");
-  m.def("upsample_conv_cpu(Tensor x, Tensor folded, bool relu, str isa=\"\") -> Tensor");
+      "int isa=0) -> Tensor");
+  m.def("upsample_conv_cpu(Tensor x, Tensor folded, bool relu, int isa=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flashvsr, CPU, m) {

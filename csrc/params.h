@@ -8,6 +8,10 @@ constexpr int kBlock = 128;  // rows of a query block, keys of a key block
 
 enum class DType : int { f32, f64, bf16, f16 };
 
+// Builds of a C++ kernel; best: of those that the processor runs. Ops take the number: a string argument of an op in
+// torch's stable ABI (2.13) is never freed, 48 bytes a call, which pins the heap around it.
+enum class Isa : int { best, generic, avx2, avx512, avx512bf16 };
+
 // Strides count elements; the last dimension (D) is contiguous.
 struct Strides {
   int64_t batch, row, head;

@@ -1,4 +1,5 @@
 """setup.py: what it builds, what it says, and its one-line errors; the facts of the build in use."""
+import ctypes
 import os
 import re
 import shutil
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import flashvsr_kernels
-from flashvsr_kernels import _native
+from flashvsr_kernels import BlockMask, _native
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
@@ -106,3 +108,30 @@ def test_this_tree_has_its_native_part():
     assert facts["version"] == flashvsr_kernels.__version__
     assert "generic" in facts["cpu"] and facts["compiler"]
     assert bool(facts["cuda"]) == bool(facts["nvcc"])
+
+
+class MallocInfo(ctypes.Structure):
+    """<malloc.h>'s mallinfo2."""
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs the C library glibc 2.33")
+@pytest.mark.skipif(_native.available() is not None, reason=str(_native.available()))
+def test_calls_leave_nothing_in_memory():
+    """Not even 48 bytes each, as string arguments of these ops did, between which the heap could not be joined."""
+    count = ctypes.CDLL(None).mallinfo2
+    count.restype = MallocInfo
+    x, weight = torch.ones(1, 8, 8, 16), torch.ones(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    q, lists = torch.ones(1, 128, 1, 64), BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    folded = torch.ones(1, 2, 2, 16, 2, 2, 16)
+
+    def calls(n):
+        for _ in range(n):
+            torch.ops.flashvsr.conv3x3_cpu(x, weight, x[0, 0, 0], None, x, True)
+            torch.ops.flashvsr.upsample_conv_cpu(x, folded, False)
+            torch.ops.flashvsr.sparse_attn_cpu(q, q, q, lists.index, lists.count, 1.0)
+        return count().uordblks
+    calls(100)
+    before = calls(100)
+    assert calls(400) - before < 400 * 16

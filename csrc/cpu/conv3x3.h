@@ -50,9 +50,8 @@ const Conv3x3Cpu* conv3x3_generic(DType);
 const Conv3x3Cpu* conv3x3_avx2(DType);
 const Conv3x3Cpu* conv3x3_avx512(DType);
 
-// The best build that this processor runs and that serves dtype, or the one called isa; null if there is
-// none.
-const Conv3x3Cpu* find_conv3x3_cpu(DType dtype, const char* isa);
+// The best build that this processor runs and that serves dtype, or that of isa; null if there is none.
+const Conv3x3Cpu* find_conv3x3_cpu(DType dtype, Isa isa);
 
 struct Workers;
 void run_conv3x3_cpu(const Conv3x3Params&, const Conv3x3Cpu&, const Workers&);

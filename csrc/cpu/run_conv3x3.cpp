@@ -1,26 +1,24 @@
 // Chooses the build of the convolution for this processor and shares its tasks among workers.
-#include <cstring>
-
 #include "conv3x3.h"
 #include "workers.h"
 
 namespace flashvsr {
 
-const Conv3x3Cpu* find_conv3x3_cpu(DType dtype, const char* isa) {
+const Conv3x3Cpu* find_conv3x3_cpu(DType dtype, Isa isa) {
   struct Build {
-    const char* name;
+    Isa isa;
     bool supported;
     const Conv3x3Cpu* (*kernels)(DType);
   };
   const Build builds[] = {
       // best first
 #if defined(__x86_64__)
-      {"avx512", __builtin_cpu_supports("avx512f") != 0, conv3x3_avx512},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), conv3x3_avx2},
+      {Isa::avx512, __builtin_cpu_supports("avx512f") != 0, conv3x3_avx512},
+      {Isa::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), conv3x3_avx2},
 #endif
-      {"generic", true, conv3x3_generic}};
+      {Isa::generic, true, conv3x3_generic}};
   for (const Build& build : builds)
-    if (build.supported && (*isa == 0 || std::strcmp(isa, build.name) == 0))
+    if (build.supported && (isa == Isa::best || isa == build.isa))
       if (const Conv3x3Cpu* kernels = build.kernels(dtype)) return kernels;
   return nullptr;
 }

@@ -1,6 +1,5 @@
 // Chooses the build of the kernel for this processor and shares its tasks among workers.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -9,23 +8,23 @@
 
 namespace flashvsr {
 
-const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, const char* isa) {
+const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, Isa isa) {
   struct Build {
-    const char* name;
+    Isa isa;
     bool supported;
     const SparseAttnCpu* (*kernels)(DType);
   };
   const Build builds[] = {
       // best first
 #if defined(__x86_64__)
-      {"avx512bf16", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"),
+      {Isa::avx512bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"),
        sparse_attn_avx512bf16},
-      {"avx512", __builtin_cpu_supports("avx512f") != 0, sparse_attn_avx512},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), sparse_attn_avx2},
+      {Isa::avx512, __builtin_cpu_supports("avx512f") != 0, sparse_attn_avx512},
+      {Isa::avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), sparse_attn_avx2},
 #endif
-      {"generic", true, sparse_attn_generic}};
+      {Isa::generic, true, sparse_attn_generic}};
   for (const Build& build : builds)
-    if (build.supported && (*isa == 0 || std::strcmp(isa, build.name) == 0))
+    if (build.supported && (isa == Isa::best || isa == build.isa))
       if (const SparseAttnCpu* kernels = build.kernels(dtype)) return kernels;
   return nullptr;
 }

@@ -23,9 +23,8 @@ const SparseAttnCpu* sparse_attn_avx2(DType);
 const SparseAttnCpu* sparse_attn_avx512(DType);
 const SparseAttnCpu* sparse_attn_avx512bf16(DType);
 
-// The best build that this processor runs and that serves dtype, or the one called isa; null if there is
-// none.
-const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, const char* isa);
+// The best build that this processor runs and that serves dtype, or that of isa; null if there is none.
+const SparseAttnCpu* find_sparse_attn_cpu(DType dtype, Isa isa);
 
 struct Workers;
 void run_sparse_attn_cpu(const SparseAttnParams&, const SparseAttnCpu&, const Workers&);
