@@ -4,13 +4,16 @@ follows from the shapes, so that a CUDA graph can hold it.
 The selection sorts nothing. Probabilities are floats of at least 0, whose bits order as integers: keys. The
 threshold of a group (a head's query slice) is found digit by digit, the first in a histogram of all keys, the
 others among the few keys that begin with it, the candidates. Each kernel needs all of the one before:
-_scores, _spread (softmax, histogram), _gather (candidates), _select (lists), _rank (order).
+_scores, _spread (softmax, histogram), _gather (candidates), _select (lists), _rank (order). They are short: from
+sm_90 on each is started before the one before ends, and waits for its results itself (programmatic dependent launch).
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
+from . import _triton
 from .block_mask import STRIP, waves
 
 NOT_A_NUMBER = tl.constexpr(0x3FFFFFFF)  # key of NaN: above the key of 1.0, 0x3F800000, as kthvalue has it
@@ -58,8 +61,15 @@ def order_of(count: Tensor, columns: int | None) -> Tensor:
         each, groups = waves(tiles, count.device)
         last = tiles - (groups - 1) * each  # the longest group
         with torch.cuda.device_of(count):
-            _rank[(triton.cdiv(last, 8), groups)](count, order, each, tiles, blocks, columns, W=STRIP, T=8, N=256)
+            _rank[(triton.cdiv(last, 8), groups)](count, order, each, tiles, blocks, columns, W=STRIP, T=8, N=256,
+                                                  **_early(count))
     return order
+
+
+def _early(x: Tensor) -> dict[str, bool]:
+    """For a kernel that begins with _await: whether it may start early on x's device."""
+    early = x.device.type != "cpu" and _triton.capability() >= 90
+    return {"EARLY": early, "launch_pdl": early}
 
 
 def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: int,
@@ -80,12 +90,12 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, slices: int, topk: 
     hist, found = tally[:groups * BINS.value], tally[groups * BINS.value:]
     candidates = q_mean.new_empty((groups, S * Mk), dtype=torch.int32)
     state = q_mean.new_empty((groups, 2), dtype=torch.int32)
-    tile = {"R": ROWS, "N": _tile(Mk), "num_warps": ROWS}
+    tile = {"R": ROWS, "N": _tile(Mk), "num_warps": ROWS, **_early(q_mean)}
     with torch.cuda.device_of(q_mean):
         _scores[(parts, triton.cdiv(S, rows), groups)](
             q_mean, k_mean, local.view(torch.uint8), scores, tally, *q_mean.stride(), *k_mean.stride(),
             *local.stride(), H, slices, S, Mk, pitch, tally.numel(), D ** -0.5, D=D, R=rows, N=cols,
-            W=max(16, triton.next_power_of_2(D)), num_warps=warps)
+            W=max(16, triton.next_power_of_2(D)), EARLY=tile["EARLY"], num_warps=warps)
         _spread[(tiles, groups)](scores, softmax, hist, S, Mk, pitch, **tile)
         _gather[(tiles, groups)](scores, softmax, hist, found, candidates, state, S, Mk, pitch,
                                  min(S * Mk - 1, topk), **tile)
@@ -110,6 +120,14 @@ def _score_tile(groups: int, S: int, Mk: int, dtype: torch.dtype) -> tuple[int, 
         return 16, 32, 8
     # Large ones read less, but must be enough to fill a GPU several times.
     return (64, 128, 8) if groups * triton.cdiv(S, 64) * triton.cdiv(Mk, 128) >= 512 else (32, 64, 4)
+
+
+@triton.jit
+def _await(EARLY: tl.constexpr):
+    """Lets the next kernel start, and waits for all that the kernels before wrote."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
 
 @triton.jit
@@ -162,8 +180,10 @@ def _in_strips(at, blocks, columns, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["group", "total", "blocks", "columns"])
-def _rank(count, order, group, total, blocks, columns, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr):
+def _rank(count, order, group, total, blocks, columns, W: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+          EARLY: tl.constexpr):
     """One program places T tiles of a group: behind the longer ones, and the equal ones before it in strips."""
+    _await(EARLY)
     i_group = tl.program_id(1)
     first = i_group * group
     end = tl.where(i_group == tl.num_programs(1) - 1, total, first + group)
@@ -184,10 +204,12 @@ def _rank(count, order, group, total, blocks, columns, W: tl.constexpr, T: tl.co
 
 @triton.jit(do_not_specialize=["H", "slices", "S", "Mk", "cleared"])
 def _scores(q, k, local, scores, tally, sqb, sqh, sqm, sqd, skb, skh, skm, skd, sl0, sl1, H, slices, S, Mk,
-            pitch, cleared, scale, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+            pitch, cleared, scale, D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+            EARLY: tl.constexpr):
     """One program: scores of R query blocks of a group with N key blocks, -inf where not allowed. All of them
     together clear what the next kernels count in, tally.
     """
+    _await(EARLY)  # it is the first: there is nothing to wait for
     T: tl.constexpr = q.dtype.element_ty
     i_part, i_tile, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, groups = tl.num_programs(0), tl.num_programs(2)
@@ -238,8 +260,9 @@ def _keys(b_s, b_max, b_log, m_row, o_key, Mk):
 
 
 @triton.jit(do_not_specialize=["S", "Mk"])
-def _spread(scores, softmax, hist, S, Mk, pitch, R: tl.constexpr, N: tl.constexpr):
+def _spread(scores, softmax, hist, S, Mk, pitch, R: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr):
     """One program: softmax of R query blocks of a group, and their keys in the group's histogram."""
+    _await(EARLY)
     m_row, o_list = _rows(S, R)
     b_max = tl.full([R], -float("inf"), tl.float32)  # [R]
     b_sum = tl.zeros([R], tl.float32)  # [R]
@@ -274,8 +297,9 @@ def _digit(b_n, rank, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "Mk", "rank"])
 def _gather(scores, softmax, hist, found, candidates, state, S, Mk, pitch, rank, R: tl.constexpr,
-            N: tl.constexpr):
+            N: tl.constexpr, EARLY: tl.constexpr):
     """One program: the first digit of a group's threshold, and the candidates in R of its query blocks."""
+    _await(EARLY)
     i_group = tl.program_id(1)
     m_row, o_list = _rows(S, R)
     b_max = tl.load(softmax + o_list, mask=m_row, other=0.0)  # [R]
@@ -308,8 +332,9 @@ def _count_digits(b_key, m_key, above, SHIFT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "Mk"])
 def _select(scores, softmax, found, candidates, state, index, count, S, Mk, pitch, C: tl.constexpr,
-            R: tl.constexpr, N: tl.constexpr):
+            R: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr):
     """One program: the threshold of a group and the lists of R of its query blocks, of the keys above."""
+    _await(EARLY)
     i_group = tl.program_id(1)
     m_row, o_list = _rows(S, R)
     b_max = tl.load(softmax + o_list, mask=m_row, other=0.0)  # [R]

@@ -241,7 +241,7 @@ def test_a_cuda_graph_sees_new_contents_and_nothing_waits():
 def test_operators_on_a_gpu():
     q, k, local, slices, topk = make(1, 2, 64, 3, 2, 3, 3, 3, 25, torch.bfloat16, "cuda")
     ops = torch.ops.flashvsr
-    torch.library.opcheck(ops.lcsa_mask.default, (q.requires_grad_(), k, local, slices, topk, "triton"))
+    torch.library.opcheck(ops.lcsa_mask.default, (q.requires_grad_(), k, local, slices, topk, 3, "triton"))
     mask = lcsa_mask(q, k, local, slices=slices, topk=topk, backend="triton")
     torch.library.opcheck(ops.transposed_lists.default, (mask.index, mask.count, k.shape[2], "triton"))
-    torch.library.opcheck(ops.block_lists.default, (torch.rand(1, 2, 18, 20, device="cuda") < 0.5, "triton"))
+    torch.library.opcheck(ops.block_lists.default, (torch.rand(1, 2, 18, 20, device="cuda") < 0.5, 6, "triton"))
