@@ -28,10 +28,13 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Contestant:
-    """call: starts runs runs    alone: why it is not a CUDA graph; None: it is one, or on a CPU"""
+    """call: starts runs runs    alone: why it is not a CUDA graph; None: it is one, or on a CPU
+    recorded: what a graph was made of, kept because the graph reads its tensors and does not own them
+    """
     call: Callable[[], object]
     runs: int = 1
     alone: str | None = None
+    recorded: Callable[[], object] | None = None
 
 
 def peers(case: Case, device: str) -> list[str]:
@@ -68,7 +71,7 @@ def captured(call: Callable[[], object], device: str, runs: int = 1) -> Contesta
     except RuntimeError as error:  # from CUDA, whatever it is: said in the row
         torch.cuda.synchronize()
         return Contestant(call, runs, " ".join(str(error).split())[:200])
-    return Contestant(graph.replay, runs)
+    return Contestant(graph.replay, runs, recorded=call)
 
 
 def make_sets(case: Case, device: str) -> list[Inputs]:
