@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from flashvsr_model.config import LATENT_FRAMES, PATCH, PRESETS, SLICE_FRAMES, F
 from flashvsr_model.decoder import Decoder
 from flashvsr_model.fuse import expected_shapes, fuse_decoder, fuse_lq
 from flashvsr_model.lq_proj import LQProjector
+from flashvsr_model.state import Places
 
 from . import plain, roofline
 from .cases import DTYPES
@@ -89,28 +89,23 @@ class Work:
         if self.stage.part == "projector":
             projector = self._module(LQProjector, fuse_lq(config, self.tensors), dtype)
             h, w = H // PATCH, W // PATCH
-            tail = [zeros(1, 2, h, w, 3 * PATCH ** 2), zeros(1, 2, h, w, config.lq_hidden[0])]
+            tail = Places([zeros(1, 2, h, w, 3 * PATCH ** 2), zeros(1, 2, h, w, config.lq_hidden[0])])
 
             def project() -> Tensor:
                 with preferring(backend):
-                    tokens, new = projector(frames, tail)
-                for kept, x in zip(tail, new):
-                    kept.copy_(x)
-                return tokens
+                    return projector(frames, tail)
             return project
         decoder = self._module(Decoder, fuse_decoder(self.tensors), dtype)
-        kept = [[zeros(1, H // 8 << stage, W // 8 << stage, width) for _ in range(3)]
-                for stage, width in enumerate(config.decoder_channels[:3])]
+        memory = [Places(zeros(1, H // 8 << stage, W // 8 << stage, width) for _ in range(3))
+                  for stage, width in enumerate(config.decoder_channels[:3])]
 
         def decode() -> Tensor:
-            done, memory = [], [list(stage) for stage in kept]
+            done = []
             with preferring(backend):
                 for i, cond in enumerate(frames.split(LATENT_FRAMES, 1)):
                     for rgb, moments in decoder(latent[:, :, i], cond, memory):
                         n = len(done)
                         done.append(adain_uint8(rgb, moments, self.source_moments[n:n + 1]))
-            for old, new in zip(chain(*kept), chain(*memory)):
-                old.copy_(new)
             return torch.cat(done)
         return decode
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from flashvsr_model.config import LATENT_FRAMES, PATCH, FlashVSRConfig
 from flashvsr_model.fuse import _STAGES
-from flashvsr_model.lq_proj import unshuffle
 
 EPS = 1e-5
 # Forms, of which the fastest is compared with. A block's first convolution is two, of x and of the step
@@ -182,7 +181,7 @@ class PlainProjector(nn.Module):
 
     def forward(self, frames: Tensor, tail: list[Tensor]) -> Tensor:
         """Tokens (1, T/4 * H/16 * W/16, dim) of frames (1, T, H, W, 3)."""
-        x = unshuffle(frames, PATCH)
+        x = F.pixel_unshuffle(frames[0].permute(0, 3, 1, 2), PATCH).permute(0, 2, 3, 1)[None]
         y = norm(self.convolve(padded(x, tail[0]), self.weight1, self.bias1), self.gamma1)
         z = norm(self.convolve(padded(y, tail[1]), self.weight2, self.bias2), self.gamma2)
         tail[0].copy_(x[:, -2:])

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from . import _native, _triton, reference
+from ._operator import define
 from .backends import Backend, pick, register
 
 Box = tuple[int, int, int, int]
+GPU_KINDS = torch.bfloat16, torch.float16, torch.float32
 
 _lib = torch.library.Library("flashvsr", "FRAGMENT")
 
@@ -28,6 +30,39 @@ def enlarge(frames: Tensor, *, return_moments: bool = False,
         raise ValueError(f"frames must be uint8 (T, h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
     large, moments = torch.ops.flashvsr.enlarge(frames, backend)
     return (large, moments) if return_moments else large
+
+
+def pixel_unshuffle(frames: Tensor, size: int, *, dtype: torch.dtype | None = None, out: Tensor | None = None,
+                    backend: str | None = None) -> Tensor:
+    """Cells of size x size pixels, of all frames that go together, as one pixel of many channels.
+
+    frames: (N, T, H, W, 3), any strides, H and W multiples of size: uint8, of which level / 127.5 - 1 is taken, or
+       floating, taken as they are
+    dtype: of the result, frames' if None; floating
+    out: (N, H / size, W / size, 3 * T * size^2) of that dtype to write into, its channels contiguous, such as a part of
+       the channels of a larger tensor; allocated if None
+    backend: "triton" (sm_80 up; uint8, bf16, fp16 and float32 to bf16, fp16 and float32), "reference" (PyTorch); None
+       for the first that can run the call
+    Returns out: channels by (colour, frame, row, column), as torch.nn.functional.pixel_unshuffle has them for T = 1.
+    Raises as enlarge does, and ValueError where gradients of frames are recorded.
+    """
+    if frames.ndim != 5 or frames.shape[4] != 3 or size < 1 or frames.shape[2] % size or frames.shape[3] % size:
+        raise ValueError(f"frames must be (N, T, H, W, 3) with H and W multiples of {size}, got {tuple(frames.shape)}")
+    if frames.dtype != torch.uint8 and not frames.is_floating_point():
+        raise ValueError(f"frames must be uint8 or floating, got {frames.dtype}")
+    if torch.is_grad_enabled() and frames.requires_grad:
+        raise ValueError("frames must not require gradients: pixel_unshuffle has none")
+    N, T, H, W, _ = frames.shape
+    shape = N, H // size, W // size, 3 * T * size ** 2
+    if out is None:
+        out = torch.empty(shape, dtype=dtype or frames.dtype, device=frames.device)
+    elif out.shape != shape or dtype not in (None, out.dtype) or out.device != frames.device or out.stride(3) != 1:
+        raise ValueError(f"out must be {shape} {dtype or ''} on {frames.device} with contiguous channels, got "
+                         f"{tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}")
+    if not out.is_floating_point():
+        raise ValueError(f"dtype must be floating, got {out.dtype}")
+    torch.ops.flashvsr.pixel_unshuffle_into(frames, size, out, backend)
+    return out
 
 
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, *, box: Box | None = None,
@@ -103,6 +138,11 @@ def _enlarge_triton(frames: Tensor) -> tuple[Tensor, Tensor]:
     return pixels_triton.enlarge(frames)
 
 
+def _unshuffle_triton(frames: Tensor, size: int, out: Tensor) -> None:
+    from . import pixels_triton
+    pixels_triton.pixel_unshuffle(frames, size, out)
+
+
 def _rgb_conv_triton(*call: Tensor | list[int] | torch.dtype | bool) -> tuple[Tensor, Tensor]:
     from . import pixels_triton
     return pixels_triton.rgb_conv(*call)
@@ -124,6 +164,13 @@ def _on_gpu(x: Tensor) -> str | None:
     return None if x.device.type == "cuda" else f"runs on a CUDA device, the pictures are on {x.device}"
 
 
+def _unshuffle_supports(frames: Tensor, out: Tensor) -> str | None:
+    for x, kinds in ((frames, (torch.uint8, *GPU_KINDS)), (out, GPU_KINDS)):
+        if x.dtype not in kinds:
+            return _on_gpu(x) or f"has no {x.dtype}"
+    return _on_gpu(frames)
+
+
 def _rgb_conv_cpu_supports(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> str | None:
     if out_dtype != x.dtype and x.dtype != torch.float32:
         return f"rounds to {x.dtype} before {out_dtype}"
@@ -143,7 +190,7 @@ def _rgb_conv_supports(x: Tensor, *_: Tensor | torch.dtype) -> str | None:
 
 
 def _adain_supports(rgb: Tensor) -> str | None:
-    if rgb.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if rgb.dtype not in GPU_KINDS:
         return _on_gpu(rgb) or f"has no {rgb.dtype}"
     if rgb.stride()[2:] != (3, 1):
         return f"pixels of a row must be next to one another, the strides of rgb are {rgb.stride()}"
@@ -152,6 +199,8 @@ def _adain_supports(rgb: Tensor) -> str | None:
 
 register("enlarge", Backend("triton", _enlarge_triton, _triton.available, _on_gpu),
          Backend("reference", reference.enlarge))
+register("pixel_unshuffle", Backend("triton", _unshuffle_triton, _triton.available, _unshuffle_supports),
+         Backend("reference", reference.pixel_unshuffle))
 register("rgb_conv", Backend("triton", _rgb_conv_triton, _triton.available, _rgb_conv_supports),
          Backend("cpu", _rgb_conv_cpu, _native.available, _rgb_conv_cpu_supports),
          Backend("reference", reference.rgb_conv))
@@ -164,6 +213,11 @@ _lib.define("rgb_conv(Tensor x, Tensor weight, Tensor bias, SymInt[] box, Scalar
             "bool moments, str? backend) -> (Tensor, Tensor)")
 _lib.define("adain_uint8(Tensor rgb, Tensor moments, Tensor source_moments, ScalarType out_dtype, "
             "bool truncate, str? backend) -> Tensor")
+
+
+define("pixel_unshuffle_into", "Tensor frames, int size, Tensor(a!) out, str? backend", "()",
+       lambda frames, size, out, backend: pick("pixel_unshuffle", backend, frames, out).run(frames, size, out),
+       lambda frames, size, out, backend: None)
 
 
 @torch.library.impl(_lib, "enlarge", "CompositeExplicitAutograd")

@@ -13,6 +13,7 @@ from . import _triton, reference
 ROWS = 32         # output rows of a program of _rgb_conv: it reads two more
 ENLARGED = 512    # values of an output row that a program of _enlarge makes, four rows high
 MATCHED = 4096    # values that a program of _adain makes
+UNSHUFFLED = 2048  # values of a colour that a program of _unshuffle makes
 EPS = tl.constexpr(reference.EPS)
 ROUND, HALF = tl.constexpr(reference.ROUND), tl.constexpr(1 << reference.ROUND - 1)
 
@@ -43,6 +44,18 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:
             _enlarge[(tiles, h, T)](frames, reference.bicubic_taps(frames.device), out, parts,
                                     *frames.stride(), h, w, N=ENLARGED, num_warps=4)
     return out, _means(parts, 16 * h * w, 255)
+
+
+def pixel_unshuffle(frames: Tensor, size: int, out: Tensor) -> None:
+    """Writes out, as the public function does; checks nothing."""
+    (N, T, _, _, _), (h, w) = frames.shape, out.shape[1:3]
+    values = triton.next_power_of_2(T * size ** 2)
+    cells = max(1, UNSHUFFLED // values)
+    if out.numel():
+        with torch.cuda.device_of(frames):
+            _unshuffle[(triton.cdiv(w, cells), h, N)](frames, out, *frames.stride(), *out.stride()[:3], w, S=size, T=T,
+                                                      EIGHT_BIT=frames.dtype == torch.uint8, K=values, G=cells,
+                                                      num_warps=4)
 
 
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype: torch.dtype,
@@ -167,6 +180,24 @@ def _enlarge(frames, taps, out, parts, st, sy, sx, sc, h, w, N: tl.constexpr):
         m_channel = m_value & (o_channel == i)
         tl.store(p_part + i, tl.sum(tl.where(m_channel, b_sum, 0), 0))
         tl.store(p_part + 3 + i, tl.sum(tl.where(m_channel, b_square, 0), 0))
+
+
+@triton.jit(do_not_specialize=["w"])
+def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, S: tl.constexpr, T: tl.constexpr,
+               EIGHT_BIT: tl.constexpr, K: tl.constexpr, G: tl.constexpr):
+    """One program makes G cells of a row: for each colour K values, T pictures of S x S pixels."""
+    i_y, i_n = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_cell, o_k = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, K)
+    m = (o_cell < w)[:, None] & (o_k < T * S * S)[None, :]
+    o_frame = (o_k // (S * S)).to(tl.int64) * st + (i_y * S + o_k // S % S) * sy  # [K]
+    o_pixel = (o_cell * S)[:, None] + (o_k % S)[None, :]  # [G, K]
+    p_frame = frames + i_n * sn + o_frame[None, :] + o_pixel.to(tl.int64) * sx
+    p_out = out + i_n * son + i_y * soy + o_cell.to(tl.int64)[:, None] * sox + o_k[None, :]
+    for i in tl.static_range(3):
+        b = tl.load(p_frame + i * sc, mask=m, other=0).to(tl.float32)  # [G, K]
+        if EIGHT_BIT:
+            b = tl.div_rn(b, 127.5) - 1
+        tl.store(p_out + i * (T * S * S), b.to(out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["H", "W", "top", "left", "h", "w"])

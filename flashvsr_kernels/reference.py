@@ -262,6 +262,13 @@ def bicubic_taps(device: torch.device) -> Tensor:
     return (cubic / cubic.sum(-1, keepdim=True) * 2 ** ROUND).round().int().to(device)
 
 
+def pixel_unshuffle(frames: Tensor, size: int, out: Tensor) -> None:
+    if frames.dtype == torch.uint8:
+        frames = frames.float().div_(127.5).sub_(1)
+    cells = frames.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 6, 1, 3, 5)
+    out.unflatten(3, (3, frames.shape[1], size, size)).copy_(cells)
+
+
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: Sequence[int], out_dtype: torch.dtype,
              moments: bool = True) -> tuple[Tensor, Tensor]:
     kind = torch.promote_types(x.dtype, out_dtype)  # rounded once, if at all

@@ -47,13 +47,13 @@ class Block(nn.Module):
         y = self.self_attention(y, tables, kv, local, topk)
         x, y = gated_add_norm(x, y, gate1, self.cross_scale, self.cross_shift, eps=EPS)
         x, y = gated_add_norm(x, self.cross_attention(y), None, scale2, shift2, eps=EPS)
-        y = F.linear(linear_gelu(y, self.ffn_in_weight, self.ffn_in_bias), self.ffn_out_weight, self.ffn_out_bias)
-        return gated_add_norm(x, y, gate2, *following, eps=EPS)
+        return gated_add_norm(x, self.feed_forward(y, len(tables[0]) // 2), gate2, *following, eps=EPS)
 
     def self_attention(self, x: Tensor, tables: Tables, kv: KVRing, local: Tensor, topk: int) -> Tensor:
         qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
         q, k, v, q_mean, k_mean = qkv_norm_rope(qkv, self.norm_q, self.norm_k, tables, self.head_dim, eps=EPS,
                                                 out=kv.slot(self.layer))
+        del qkv  # a third of the memory that attention works in
         k, v, k_mean = kv.append(self.layer, k, v, k_mean)
         mask = lcsa_mask(q_mean, k_mean, local, slices=len(tables[0]) // 2, topk=topk, columns=len(tables[2]) // 8)
         return F.linear(sparse_attn(q, k, v, mask).flatten(2), self.o_weight, self.o_bias)
@@ -63,7 +63,14 @@ class Block(nn.Module):
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k, v = (c.expand(q.shape[0], -1, -1, -1) for c in (self.cross_k, self.cross_v))
         y = F.scaled_dot_product_attention(q, k, v)
+        del q
         return F.linear(y.transpose(1, 2).flatten(2), self.cross_o_weight, self.cross_o_bias)
+
+    def feed_forward(self, x: Tensor, slices: int) -> Tensor:
+        """Slice by slice: in between is the model's widest tensor, and a stream's first chunk has three slices."""
+        done = [F.linear(linear_gelu(part, self.ffn_in_weight, self.ffn_in_bias), self.ffn_out_weight,
+                         self.ffn_out_bias) for part in x.chunk(slices, 1)]
+        return torch.cat(done, 1) if slices > 1 else done[0]
 
 
 class DiT(nn.Module):

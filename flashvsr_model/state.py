@@ -12,6 +12,13 @@ from .chunk_graphs import ChunkGraphs
 from .config import FIRST_FRAMES, PATCH, SCALE, TILE, FlashVSRConfig
 
 
+class Places(list[Tensor]):
+    """Tensors that stay where they are, as recorded chunks look for them there: what is put in a place is copied."""
+
+    def __setitem__(self, place: int, x: Tensor) -> None:
+        self[place].copy_(x)
+
+
 class KVRing:
     """Rotated keys, values and key-block means of the newest slices, for every layer; fixed size.
 
@@ -144,8 +151,8 @@ class StreamState:
         # newest input frames, 0 to 255; on the host, where the bicubic enlargement runs
         self.frames = made["frames"]
         self.kv = KVRing(made["keys"], made["values"], made["means"])
-        self.lq_tail = [made["lq.0"], made["lq.1"]]
-        self.decoder = [[made[f"decoder.{3 * stage + i}"] for i in range(3)] for stage in range(3)]
+        self.lq_tail = Places([made["lq.0"], made["lq.1"]])
+        self.decoder = [Places(made[f"decoder.{3 * stage + i}"] for i in range(3)) for stage in range(3)]
         if graphs and not self.kv.keys.is_cuda:
             raise ValueError(f"graphs need a CUDA device, the model is on {self.kv.keys.device}")
         self.graphs = ChunkGraphs() if graphs else None
@@ -159,17 +166,12 @@ class StreamState:
         self.chunk = 0
         self.time = 0                       # rotary position of the next latent
         self.flushed = False
+        self.torn = False                   # whether a chunk failed, which leaves memories of two times
         self.noise: Tensor | None = None    # of the next chunk, if it has been drawn
         self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
         for memory in (*self.lq_tail, *itertools.chain(*self.decoder)):
             memory.zero_()
-
-    def keep(self, lq_tail: list[Tensor], decoder: list[list[Tensor]]) -> None:
-        """Takes over what the projector and the decoder remember; lq_tail is empty in v1."""
-        for memory, new in zip((*self.lq_tail[:len(lq_tail)], *itertools.chain(*self.decoder)),
-                               (*lq_tail, *itertools.chain(*decoder)), strict=True):
-            memory.copy_(new)
 
     def memory(self) -> int:
         """Bytes held."""

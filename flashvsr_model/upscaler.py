@@ -51,8 +51,9 @@ class StreamingUpscaler:
         """
         with torch.device("meta"):
             parts = DiT(config), LQProjector(config), Decoder(config)
-        for part, state in zip(parts, (fuse_dit(config, tensors), fuse_lq(config, tensors), fuse_decoder(tensors))):
-            part.load_state_dict({name: round_taps(t.detach().to(device), dtype) for name, t in state.items()},
+        states = fuse_dit(config, tensors), fuse_lq(config, tensors), fuse_decoder(tensors)
+        for part, state, rounded in zip(parts, states, (Tensor.to, Tensor.to, round_taps)):
+            part.load_state_dict({name: rounded(t.detach().to(device), dtype) for name, t in state.items()},
                                  strict=True, assign=True)
             part.requires_grad_(False).eval()
         for part in parts[1:]:  # channels last, as pictures and clips are
@@ -62,17 +63,20 @@ class StreamingUpscaler:
         return cls(config, *parts)
 
     def new_state(self, height: int, width: int, *, out_dtype: torch.dtype = torch.uint8,
-                  graphs: bool = False) -> StreamState:
+                  graphs: bool | None = None) -> StreamState:
         """Memory for one stream of frames of that (input) size; see StreamState.plan for what it takes.
 
         out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits
-        graphs: record steady chunks as CUDA graphs, one for each slot of the K/V ring: less work for the host
+        graphs: record steady chunks as CUDA graphs, one for each slot of the K/V ring: less work for the host;
+           None: where the kernels run, on a GPU in 16 bits
         Raises ValueError if the size is under 16x16, or too large for sparse_ratio, or for graphs without CUDA.
         """
         g = Geometry.of(height, width, self.config.margin)
         if self.config.topk(g.padded_height, g.padded_width) < 1:
             raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at "
                              f"{width}x{height}; raise it")
+        if graphs is None:
+            graphs = self.device.type == "cuda" and self.dtype.itemsize == 2
         return StreamState(self.config, height, width, dtype=self.dtype, device=self.device,
                            out_dtype=out_dtype, graphs=graphs)
 
@@ -97,11 +101,12 @@ class StreamingUpscaler:
         frames: (T, h, w, 3) uint8, or float in [0, 1], or an iterable of (h, w, 3)
         Returns (t, 4h, 4w, 3), t >= 0, in the state's out_dtype, on the model's device.
         Raises ValueError if a frame is not what the state was made for; the frames before it have been taken,
-        and what they gave comes with the next push or flush.
+        and what they gave comes with the next push or flush. Raises RuntimeError if a chunk failed before.
         """
         if state.flushed:
             raise ValueError("the stream was flushed; start another with new_state, "
                              "or this one again with state.reset()")
+        _check_whole(state)
         if isinstance(frames, (Tensor, np.ndarray)) and frames.ndim != 4:
             raise ValueError(f"frames must be (T, h, w, 3), got {tuple(frames.shape)}")
         for frame in frames:
@@ -112,8 +117,9 @@ class StreamingUpscaler:
 
     def flush(self, state: StreamState) -> Tensor:
         """Ends the stream: the frames not yet given, (t, 4h, 4w, 3). The last frame stands in for those after
-        it.
+        it. Raises RuntimeError if a chunk failed before.
         """
+        _check_whole(state)
         while state.emitted < state.pushed:
             need = (LOOKAHEAD + SLICE_FRAMES) if state.chunk else FIRST_FRAMES
             state.frames[state.held:need] = state.frames[state.held - 1]
@@ -167,25 +173,25 @@ class StreamingUpscaler:
                                         g.padded_width // 8))
 
     def _run(self, state: StreamState, frames: Tensor, noise: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """step's work on the device; of the host's part of state only whether this is the first chunk matters, and the
-        slots of the ring.
+        """step's work on the device, frames in uint8 levels or as step takes them; of the host's part of state only
+        whether this is the first chunk matters, and the slots of the ring.
         """
         g, first = state.geometry, state.chunk == 0
-        lq_tail = self.lq_proj.prime(frames[:, :1]) if first else state.lq_tail
-        lq, lq_tail = self.lq_proj(frames[:, 1 if first else LOOKAHEAD:], lq_tail)
+        if first:
+            self.lq_proj.prime(frames[:, :1], state.lq_tail)
+        lq = self.lq_proj(frames[:, 1 if first else LOOKAHEAD:], state.lq_tail)
         (rows, cols), local = self._size(g)
         latent = noise - self.dit(noise, lq, (times, rows, cols), state.kv, local,
                                   self.config.topk(g.padded_height, g.padded_width))
-        memory = [list(stage) for stage in state.decoder]
+        del lq
         for i in range(latent.shape[2]):
             end = LATENT_FRAMES * i + (1 if first else LATENT_FRAMES)
             cond = frames[:, max(0, end - LATENT_FRAMES):end]
             lacking = LATENT_FRAMES - cond.shape[1]  # the first latent has one frame of input; the others are dropped
             cond = torch.cat([cond[:, :1].expand(-1, lacking, -1, -1, -1), cond], 1) if lacking else cond
-            for j, frame in enumerate(self.decoder(latent[:, :, i], cond, memory, g.box)):
+            for j, frame in enumerate(self.decoder(latent[:, :, i], cond, state.decoder, g.box)):
                 if j >= lacking:
                     yield frame
-        state.keep(lq_tail, memory)
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
         """What the one step of a chunk starts from; the same on every device."""
@@ -235,11 +241,13 @@ class StreamingUpscaler:
             frames = frames.to(torch.uint8)
         frames = self._upload(frames)
         noise, times = self._begin(state, 1)
+        state.torn = True
         if state.graphs is not None and state.chunk > 1:  # the steady chunk before has compiled what it needs
             key = state.kv.first, frames.dtype
             done = state.graphs.run(key, partial(self._compute, state), frames, noise, times)
         else:
             done = torch.cat(self._compute(state, frames, noise, times))
+        state.torn = False
         self._end(state)
         state.noise = self._noise(state, 1)  # drawn while the device works
         state.frames[:LOOKAHEAD] = state.frames[state.held - LOOKAHEAD:state.held].clone()
@@ -252,7 +260,7 @@ class StreamingUpscaler:
         g = state.geometry
         large, moments = enlarge(frames)
         inside = framed(large, g.border)
-        inside = normal(inside).to(self.dtype)
+        inside = inside if inside.dtype == torch.uint8 else inside.to(self.dtype)
         done = []
         for i, (frame, its_moments) in enumerate(self._run(state, inside[None], noise, times)):
             one = slice(i, i + 1)
@@ -276,6 +284,11 @@ class StreamingUpscaler:
         state.ready = []
         return torch.cat([torch.empty((0, SCALE * g.height, SCALE * g.width, 3), dtype=state.out_dtype,
                                       device=self.device), *ready])
+
+
+def _check_whole(state: StreamState) -> None:
+    if state.torn:
+        raise RuntimeError("a chunk of this stream failed half done; start the stream again with state.reset()")
 
 
 def enlarge(frames: Tensor) -> tuple[Tensor, Tensor | None]:

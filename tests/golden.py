@@ -105,7 +105,7 @@ def run(config: FlashVSRConfig, case: dict, device: str, dtype: torch.dtype) -> 
 
 
     def record_tokens(module, args, out) -> None:
-        clips = out[0].unflatten(1, (-1, (H // 16) * (W // 16)))  # the file has them clip by clip
+        clips = out.unflatten(1, (-1, (H // 16) * (W // 16)))  # the file has them clip by clip
         for i in range(clips.shape[1]):
             seen.add("lq_tokens", clips[:, i, ::7, ::5])
     upscaler.lq_proj.register_forward_hook(record_tokens)

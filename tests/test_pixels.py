@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from flashvsr_kernels import _native, adain_uint8, color_moments, enlarge, rgb_conv
+from flashvsr_kernels import _native, adain_uint8, color_moments, enlarge, pixel_unshuffle, rgb_conv
 from flashvsr_model.color import match_color
 
 SIZES = [(1, 1), (1, 2), (2, 3), (3, 2), (3, 1), (4, 4), (5, 7), (8, 5), (17, 33), (180, 320)]
@@ -27,6 +27,14 @@ def check_enlarged(call, frames):
     assert large.dtype == torch.uint8 and large.is_contiguous()
     assert torch.equal(large, pillow(frames))
     torch.testing.assert_close(moments, color_moments(large.double() / 127.5 - 1), rtol=0, atol=1e-12)
+
+
+def check_unshuffled(call, frames, size, dtype):
+    """PyTorch's own order, levels rounded twice in float32 and then to dtype, on every device."""
+    y = frames.cpu()
+    y = y.float() / 127.5 - 1 if y.dtype == torch.uint8 else y
+    wanted = F.pixel_unshuffle(y.permute(0, 4, 1, 2, 3).flatten(1, 2), size).permute(0, 2, 3, 1).to(dtype)
+    assert torch.equal(call(frames, size).cpu(), wanted)
 
 
 def check_rgb(call, x, weight, bias, box, out_dtype):
@@ -81,6 +89,48 @@ def test_enlargement_of_any_strides():
     frames = torch.randint(0, 256, (3, 9, 8, 10), dtype=torch.uint8).permute(1, 2, 3, 0)[::2, 1:, ::3]
     assert torch.equal(enlarge(frames), pillow(frames))
     assert enlarge(frames[:0]).shape == (0, 28, 16, 3)
+
+
+UNSHUFFLED = {"projector": (3, 1, 48, 32, 16), "decoder": (1, 4, 16, 24, 8), "odd": (2, 3, 15, 10, 5)}
+
+
+def unshuffled_frames(shape, kind):
+    N, T, H, W, _ = shape
+    frames = torch.randint(0, 256, (N, T, H + 3, 2 * W, 3))[:, :, 3:, ::2]
+    return frames.byte() if kind == torch.uint8 else (frames / 127.5 - 1).to(kind)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", UNSHUFFLED.values(), ids=UNSHUFFLED.keys())
+def test_pixel_unshuffle(shape, kind):
+    dtype = torch.float32 if kind == torch.uint8 else kind
+    check_unshuffled(lambda frames, size: pixel_unshuffle(frames, size, dtype=dtype), unshuffled_frames(shape, kind),
+                     shape[4], dtype)
+    big = torch.full((shape[0], shape[2] // shape[4], shape[3] // shape[4], 3 * shape[1] * shape[4] ** 2 + 7), 9.0)
+
+    def into(frames, size):
+        return pixel_unshuffle(frames, size, out=big[..., 2:-5])
+    check_unshuffled(into, unshuffled_frames(shape, kind), shape[4], torch.float32)
+    assert (big[..., :2] == 9).all() and (big[..., -5:] == 9).all()
+
+
+def test_pixel_unshuffle_as_an_operator():
+    frames, out = torch.randint(0, 256, (1, 1, 4, 4, 3)).byte(), torch.empty(1, 2, 2, 12)
+    torch.library.opcheck(torch.ops.flashvsr.pixel_unshuffle_into.default, (frames, 2, out, None))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(size=3), r"H and W multiples of 3, got \(1, 2, 4, 8, 3\)"),
+    (dict(dtype=torch.int32), "dtype must be floating, got torch.int32"),
+    (dict(out=torch.empty(1, 2, 4, 23)), r"out must be \(1, 2, 4, 24\) .* got \(1, 2, 4, 23\)"),
+    (dict(out=torch.empty(1, 2, 4, 48)[..., ::2]), "contiguous channels"),
+    (dict(frames=torch.zeros(1, 2, 4, 8, 3).int()), "uint8 or floating, got torch.int32"),
+    (dict(frames=torch.zeros(1, 2, 4, 8, 3, requires_grad=True)), "must not require gradients"),
+], ids=["size", "dtype", "shape of out", "strides of out", "integers", "gradients"])
+def test_bad_unshuffling_is_named(change, message):
+    call = dict(frames=torch.zeros(1, 2, 4, 8, 3).byte(), size=2, dtype=torch.float32) | change
+    with pytest.raises(ValueError, match=message):
+        pixel_unshuffle(call.pop("frames"), call.pop("size"), **call)
 
 
 BOXES = {"whole": (0, 0, 9, 11), "inside": (2, 3, 5, 4), "corner": (8, 10, 1, 1), "row": (0, 0, 1, 11)}

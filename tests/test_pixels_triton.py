@@ -9,7 +9,8 @@ pytest.importorskip("triton", "3.6")
 
 from flashvsr_kernels import _triton, adain_uint8, enlarge, pixels_triton, reference, rgb_conv
 from tests import interpreter
-from tests.test_pixels import PICTURES, RANGES, SIZES, check_enlarged, check_matched, check_rgb
+from tests.test_pixels import (PICTURES, RANGES, SIZES, UNSHUFFLED, check_enlarged, check_matched, check_rgb,
+                               check_unshuffled, unshuffled_frames)
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +53,23 @@ def test_enlargement_is_pillows(device, size, picture):
     frames = picture(1, *size, 3).byte().to(device)
     result = pixels_triton.enlarge(frames)
     check_enlarged(lambda frames: result, frames)
-    assert_same_bits(result, reference.enlarge(frames))
+    (large, moments), (same, close) = result, reference.enlarge(frames)
+    assert torch.equal(large, same)
+    torch.testing.assert_close(moments, close, rtol=1e-15, atol=0)  # PyTorch multiplies by a reciprocal on a GPU
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", UNSHUFFLED.values(), ids=UNSHUFFLED.keys())
+def test_unshuffling(device, shape, kind):
+    frames = unshuffled_frames(shape, kind).to(device)
+
+    def call(frames, size):
+        N, T, H, W, _ = frames.shape
+        whole = torch.empty(N, H // size, W // size, 3 * T * size ** 2 + 5, device=device, dtype=torch.float16)
+        pixels_triton.pixel_unshuffle(frames, size, whole[..., 2:-3])
+        assert whole[..., :2].isnan().all() and whole[..., -3:].isnan().all()
+        return whole[..., 2:-3]
+    check_unshuffled(call, frames, shape[4], torch.float16)
 
 
 def test_many_tiles_of_an_enlargement(device, short):

@@ -226,6 +226,25 @@ def test_nothing_is_lost_when_a_push_fails(upscaler):
     assert torch.equal(rest, upscaler.upscale(torch.stack(frames)))
 
 
+def test_a_chunk_that_fails_leaves_no_stream(upscaler, monkeypatch):
+    """Its memories would be of two times: that is said until the stream begins again."""
+    state, frames = upscaler.new_state(32, 32), clip(40)
+    upscaler.push(state, frames[:30])
+
+    def broken(*_):
+        yield from ()
+        raise RuntimeError("out of memory")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(upscaler.decoder, "forward", broken)
+        upscaler.push(state, frames[30:])
+    for call in lambda: upscaler.push(state, frames[:1]), lambda: upscaler.flush(state):
+        with pytest.raises(RuntimeError, match="start the stream again with state.reset()"):
+            call()
+    state.reset()
+    again = torch.cat([upscaler.push(state, frames), upscaler.flush(state)])
+    assert torch.equal(again, upscaler.upscale(frames))
+
+
 def test_mixed_depths_are_named(upscaler):
     state = upscaler.new_state(32, 32)
     upscaler.push(state, clip(2))

@@ -94,9 +94,6 @@ class ClipState:
         self.decoder = [[torch.zeros(batch, 2 * side << stage, 2 * side << stage, width, dtype=dtype, device=device)
                          for _ in range(3)] for stage, width in enumerate(config.decoder_channels[:3])]
 
-    def keep(self, lq_tail: list[Tensor], decoder: list[list[Tensor]]) -> None:
-        self.lq_tail, self.decoder = lq_tail, decoder
-
 
 class Trainee(nn.Module):
     """The model as a function of its weights, over whole clips."""
