@@ -101,7 +101,7 @@ class Work:
 
         def decode() -> Tensor:
             done = []
-            with preferring(backend):
+            with preferring(backend), memory[2].turning():
                 for i, cond in enumerate(frames.split(LATENT_FRAMES, 1)):
                     for rgb, moments in decoder(latent[:, :, i], cond, memory):
                         n = len(done)
@@ -163,9 +163,9 @@ def used(step: Step) -> dict[str, int]:
     counts, before = Counter(), dict(_tables)
 
     def counting(op: str, name: str, run: Callable) -> Callable:
-        def counted(*call):
+        def counted(*call, **options):
             counts[f"{op} {name}"] += 1
-            return run(*call)
+            return run(*call, **options)
         return counted
     for op, table in before.items():
         _tables[op] = tuple(replace(b, run=counting(op, b.name, b.run)) for b in table)

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from . import _native, _triton, reference
+from ._operator import define
 from .backends import Backend, pick, register
 
 _lib = torch.library.Library("flashvsr", "FRAGMENT")
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tensor | None = None,
-            residual: Tensor | None = None, upsample: int = 1, relu: bool = False,
+            residual: Tensor | None = None, upsample: int = 1, relu: bool = False, out: Tensor | None = None,
             backend: str | None = None) -> Tensor:
     """3x3 convolution of NHWC pictures, zero padding 1, with what surrounds it in the decoder.
 
@@ -21,6 +22,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     upsample: 2 doubles the picture (nearest neighbour) before the convolution, as upsample_conv with weights
        folded in each call
     residual: (N, upsample * H, upsample * W, O), added before relu
+    out: the result's memory, contiguous and of none of the others, while no gradients are recorded; allocated if None
     backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), both bf16 and fp16; "cpu" (C++, float32 and bf16);
        "reference" (PyTorch); None for the first of them that can run the call. All but the reference want
        contiguous pictures and weights in memory format channels_last.
@@ -41,18 +43,22 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
         raise ValueError(f"upsample must be 1 or 2, got {upsample}")
     N, H, W, _ = x.shape
     O = weight.shape[0]
-    out = (N, upsample * H, upsample * W, O)
     if bias is not None and bias.shape != (O,):
         raise ValueError(f"bias must be ({O},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    if residual is not None and residual.shape != out:
-        raise ValueError(f"residual must be {out}, got {tuple(residual.shape)}")
+    if residual is not None and residual.shape != (N, upsample * H, upsample * W, O):
+        raise ValueError(f"residual must be {(N, upsample * H, upsample * W, O)}, got {tuple(residual.shape)}")
     _check_kinds(x, weight=weight, bias=bias, past=past, residual=residual)
-    if upsample == 1:
+    _check_out(out, (N, upsample * H, upsample * W, O), x, weight, bias, past, residual)
+    if upsample == 1 and out is None:
         return torch.ops.flashvsr.conv3x3(x, weight, bias, past, residual, relu, backend)
+    if upsample == 1:
+        torch.ops.flashvsr.conv3x3_into(x, weight, bias, past, residual, relu, out, backend)
+        return out
     y = upsample_conv(x if past is None else torch.cat([x, past], -1), fold_upsample(weight), backend=backend)
     y = y if bias is None else y + bias
     y = y if residual is None else y + residual
-    return y.relu() if relu else y
+    y = y.relu() if relu else y
+    return y if out is None else out.copy_(y)
 
 
 def fold_upsample(weight: Tensor, grow: Tensor | None = None) -> Tensor:
@@ -83,12 +89,13 @@ def fold_upsample(weight: Tensor, grow: Tensor | None = None) -> Tensor:
     return wide.to(weight.dtype).contiguous()
 
 
-def upsample_conv(x: Tensor, folded: Tensor, *, relu: bool = False, backend: str | None = None) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, *, relu: bool = False, out: Tensor | None = None,
+                  backend: str | None = None) -> Tensor:
     """Growth in time without bias, nearest enlargement by 2 and a 3x3 convolution with zero padding 1.
 
     x: (N, H, W, C)    folded: (T, 2, 2, O, 2, 2, C) from fold_upsample, of x's dtype and device
     backend: as for conv3x3; all but the reference want x and folded contiguous
-    relu: what is negative becomes 0
+    relu: what is negative becomes 0    out: as for conv3x3
     Returns (N * T, 2 H, 2 W, O), step t of picture n at n * T + t, contiguous: before relu channel o of pixel
     (2 i + py, 2 j + px) is the sum over ty, tx and c of folded[t, py, px, o, ty, tx, c] and
     x[n, i + ty - 1 + py, j + tx - 1 + px, c], zero outside the picture. Differentiable in x and folded.
@@ -98,7 +105,12 @@ def upsample_conv(x: Tensor, folded: Tensor, *, relu: bool = False, backend: str
         raise ValueError("x must be (N, H, W, C) and folded (T, 2, 2, O, 2, 2, C), "
                          f"got {tuple(x.shape)} and {tuple(folded.shape)}")
     _check_kinds(x, folded=folded)
-    return torch.ops.flashvsr.upsample_conv(x, folded, relu, backend)
+    N, H, W, _ = x.shape
+    _check_out(out, (N * folded.shape[0], 2 * H, 2 * W, folded.shape[3]), x, folded)
+    if out is None:
+        return torch.ops.flashvsr.upsample_conv(x, folded, relu, backend)
+    torch.ops.flashvsr.upsample_conv_into(x, folded, relu, out, backend)
+    return out
 
 
 def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
@@ -110,28 +122,44 @@ def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
                              f"got {other.dtype} on {other.device}")
 
 
+def _check_out(out: Tensor | None, shape: tuple[int, ...], x: Tensor, *others: Tensor | None) -> None:
+    if out is None:
+        return
+    if (out.shape, out.dtype, out.device) != (shape, x.dtype, x.device) or not out.is_contiguous():
+        raise ValueError(f"out must be {shape} {x.dtype} on {x.device}, contiguous, got {tuple(out.shape)} {out.dtype} on "
+                         f"{out.device} with strides {out.stride()}")
+    given = [y for y in (x, *others) if y is not None]
+    if torch.is_grad_enabled() and any(y.requires_grad for y in (out, *given)):
+        raise ValueError("out must be None where gradients are recorded")
+    if any(torch._C._is_alias_of(y, out) for y in given):
+        raise ValueError("out must share no memory with the other tensors")
+
+
 # Implementations of conv3x3 take (x, weight, bias, past, residual, relu), those of upsample_conv (x, folded,
-# relu).
+# relu), and with the name out where the result goes, if not into memory of its own.
 # Kernel modules are imported when they first run: Triton is optional, and takes a second to import.
 
-def _run_reference(function: str, *call: Tensor | bool | None) -> Tensor:
+def _run_reference(function: str, *call: Tensor | bool | None, out: Tensor | None = None) -> Tensor:
     """What comes out owns its memory: autograd forbids to change a view in place that an operator returns."""
     y = getattr(reference, function)(*call)
+    if out is not None:
+        return out.copy_(y)
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
-def _run_triton(function: str, *call: Tensor | bool | None) -> Tensor:
+def _run_triton(function: str, *call: Tensor | bool | None, out: Tensor | None = None) -> Tensor:
     from . import conv3x3_triton
-    return getattr(conv3x3_triton, function)(*call)
+    return getattr(conv3x3_triton, function)(*call, out=out)
 
 
-def _run_hopper(function: str, *call: Tensor | bool | None) -> Tensor:
+def _run_hopper(function: str, *call: Tensor | bool | None, out: Tensor | None = None) -> Tensor:
     from . import conv3x3_hopper
-    return getattr(conv3x3_hopper, function)(*call)
+    return getattr(conv3x3_hopper, function)(*call, out=out)
 
 
-def _run_cpu(function: str, *call: Tensor | bool | None) -> Tensor:
-    return getattr(torch.ops.flashvsr, f"{function}_cpu")(*call)
+def _run_cpu(function: str, *call: Tensor | bool | None, out: Tensor | None = None) -> Tensor:
+    y = getattr(torch.ops.flashvsr, f"{function}_cpu")(*call)
+    return y if out is None else out.copy_(y)
 
 
 def _cpu_available(function: str) -> str | None:
@@ -183,6 +211,20 @@ for _op in "conv3x3", "upsample_conv":
 _lib.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
             "str? backend) -> Tensor")
 _lib.define("upsample_conv(Tensor x, Tensor folded, bool relu, str? backend) -> Tensor")
+
+
+def _conv3x3_into(x, weight, bias, past, residual, relu, out, backend):
+    pick("conv3x3", backend, x, weight, bias, past, residual).run(x, weight, bias, past, residual, relu, out=out)
+
+
+def _upsample_conv_into(x, folded, relu, out, backend):
+    pick("upsample_conv", backend, x, folded).run(x, folded, relu, out=out)
+
+
+define("conv3x3_into", "Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
+       "Tensor(a!) out, str? backend", "()", _conv3x3_into, lambda *call: None)
+define("upsample_conv_into", "Tensor x, Tensor folded, bool relu, Tensor(a!) out, str? backend", "()",
+       _upsample_conv_into, lambda *call: None)
 
 
 @torch.library.impl(_lib, "conv3x3", "CompositeExplicitAutograd")

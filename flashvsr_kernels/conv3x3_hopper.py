@@ -67,19 +67,19 @@ def supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: Tensor | None,
-            relu: bool) -> Tensor:
+            relu: bool, out: Tensor | None = None) -> Tensor:
     """As the public conv3x3. Input channels count as if rounded up to 64: 784 cost as much as 832."""
     O = weight.shape[0]
-    out = torch.empty((*x.shape[:3], O), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:3], O), dtype=x.dtype, device=x.device) if out is None else out
     taps = weight.permute(0, 2, 3, 1).reshape(O, 9, -1)
     _launch(x, taps, out.unsqueeze(2), bias, past, residual, relu)
     return out
 
 
-def upsample_conv(x: Tensor, folded: Tensor, relu: bool) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, relu: bool, out: Tensor | None = None) -> Tensor:
     """As the public upsample_conv."""
     (N, H, W, C), (T, _, _, O) = x.shape, folded.shape[:4]
-    out = torch.empty((N * T, 2 * H, 2 * W, O), dtype=x.dtype, device=x.device)
+    out = torch.empty((N * T, 2 * H, 2 * W, O), dtype=x.dtype, device=x.device) if out is None else out
     _launch(x, folded.view(-1, 4, C), out.view(N * T, H, 2, W, 2 * O), None, None, None, relu)
     return out
 

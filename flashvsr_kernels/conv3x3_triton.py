@@ -26,7 +26,7 @@ def config(capability: int, C: int, O: int) -> dict[str, int]:
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, residual: Tensor | None,
-            relu: bool) -> Tensor:
+            relu: bool, out: Tensor | None = None) -> Tensor:
     """3x3 convolution as flashvsr_kernels.conv3x3 without upsample describes it.
 
     x, past: (N, H, W, C)    residual: (N, H, W, O)    bf16 or fp16, contiguous
@@ -35,16 +35,18 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     interpreter.
     """
     N, H, W, _ = x.shape
-    return _launch(x, past, weight, bias, residual, x.new_empty((N, H, W, weight.shape[0])), 1, 3, relu)
+    out = x.new_empty((N, H, W, weight.shape[0])) if out is None else out
+    return _launch(x, past, weight, bias, residual, out, 1, 3, relu)
 
 
-def upsample_conv(x: Tensor, folded: Tensor, relu: bool) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, relu: bool, out: Tensor | None = None) -> Tensor:
     """flashvsr_kernels.upsample_conv: x (N, H, W, C) and folded (T, 2, 2, O, 2, 2, C), contiguous, bf16 or
     fp16, to (N * T, 2 H, 2 W, O). Checks nothing.
     """
     N, H, W, _ = x.shape
     T, _, _, O = folded.shape[:4]
-    return _launch(x, None, folded, None, None, x.new_empty((N * T, 2 * H, 2 * W, O)), 4 * T, 2, relu)
+    out = x.new_empty((N * T, 2 * H, 2 * W, O)) if out is None else out
+    return _launch(x, None, folded, None, None, out, 4 * T, 2, relu)
 
 
 def _launch(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _triton, reference
 
-ROWS = 32         # output rows of a program of _rgb_conv: it reads two more
+ROWS = range(8, 65)  # output rows that a program of _rgb_conv may make: it reads two more
+PROCESSORS = 132  # of an H100, where no GPU is asked
 ENLARGED = 512    # values of an output row that a program of _enlarge makes, four rows high
 MATCHED = 4096    # values that a program of _adain makes
 UNSHUFFLED = 2048  # values of a colour that a program of _unshuffle makes
@@ -64,16 +65,31 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype:
     N, H, W, C = x.shape
     top, left, height, width = box
     chosen = config(_triton.capability() if x.is_cuda else 80, C)
-    tiles, strips = triton.cdiv(width, chosen["width"] - 2), triton.cdiv(height, ROWS)
+    tiles = triton.cdiv(width, chosen["width"] - 2)
+    rows = strip(height, tiles * N, x.device)
+    strips = triton.cdiv(height, rows)
     out = torch.empty((N, height, width, 3), dtype=out_dtype, device=x.device)
     parts = torch.empty((N, strips * tiles, 6), dtype=torch.float32, device=x.device)
     if N:
         with torch.cuda.device_of(x):
             _rgb_conv[(tiles, strips, N)](
                 x, weight, bias, out, parts, *x.stride()[:3], *weight.stride(), *bias.stride(), H, W, top,
-                left, height, width, C, K=chosen["channels"], P=chosen["width"], R=ROWS,
+                left, height, width, C, rows, K=chosen["channels"], P=chosen["width"],
                 num_warps=chosen["num_warps"], num_stages=chosen["num_stages"])
     return out, _means(parts if moments else parts[:0], height * width, 1)
+
+
+def strip(height: int, tiles: int, device: torch.device) -> int:
+    """Rows of a program of _rgb_conv, of tiles side by side, such that a GPU that runs two programs on a multiprocessor
+    is done soonest: of a third of 768x1408 1.3 times as soon as with 32.
+    """
+    processors = PROCESSORS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def took(rows: int) -> tuple[int, int]:
+        return triton.cdiv(triton.cdiv(height, rows) * tiles, 2 * processors) * (rows + 2), -rows
+    return min(ROWS, key=took)
 
 
 def adain_uint8(rgb: Tensor, moments: Tensor, source_moments: Tensor, out_dtype: torch.dtype,
@@ -200,9 +216,9 @@ def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, S: tl.constexp
         tl.store(p_out + i * (T * S * S), b.to(out.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["H", "W", "top", "left", "h", "w"])
-def _rgb_conv(x, weight, bias, out, parts, sxn, sxy, sxx, swo, swc, swy, swx, sb, H, W, top, left, h, w, C,
-              K: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+@triton.jit(do_not_specialize=["H", "W", "top", "left", "h", "w", "R"])
+def _rgb_conv(x, weight, bias, out, parts, sxn, sxy, sxx, swo, swc, swy, swx, sb, H, W, top, left, h, w, C, R,
+              K: tl.constexpr, P: tl.constexpr):
     """One program makes R rows of P - 2 pixels and reads each pixel that it needs once.
 
     It goes down the rows of x. Each is multiplied with the weights of all nine taps: what it gives to the

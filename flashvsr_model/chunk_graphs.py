@@ -8,15 +8,16 @@ from torch import Tensor
 
 class ChunkGraphs:
     """Recordings of functions of tensors, by a key. All use the same memory beside their inputs, so one must not run
-    beside another, and what one returns is a copy.
+    beside another; results have one shape and dtype for all keys, and what a call returns is a copy.
 
     seconds: spent on recording
     """
 
     def __init__(self):
         self.seconds = 0.0
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool = None
+        self._result: Tensor | None = None
 
     def run(self, key: Hashable, compute: Callable[..., list[Tensor]], *inputs: Tensor) -> Tensor:
         """torch.cat(compute(*inputs)), recorded at the first call with the key. Whatever else compute reads or writes
@@ -25,19 +26,23 @@ class ChunkGraphs:
         """
         if key not in self._graphs:
             self._graphs[key] = self._record(compute, inputs)
-        graph, places, results = self._graphs[key]
+        graph, places = self._graphs[key]
         for place, value in zip(places, inputs):
             place.copy_(value, non_blocking=True)
         graph.replay()
-        return torch.cat(results)
+        return self._result.clone()
 
     def _record(self, compute: Callable[..., list[Tensor]],
-                inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
+                inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         began = time.perf_counter()
         places, graph = [torch.empty_like(value) for value in inputs], torch.cuda.CUDAGraph()
         # thread_local: a thread that fetches earlier results meanwhile is not in the recording's way
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = compute(*places)
+            parts = compute(*places)
+            if self._result is None:
+                self._result = torch.cat(parts)
+            else:
+                torch.cat(parts, out=self._result)
         self._pool = graph.pool()
         self.seconds += time.perf_counter() - began
-        return graph, places, results
+        return graph, places

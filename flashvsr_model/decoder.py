@@ -12,6 +12,7 @@ from flashvsr_kernels import conv3x3, pixel_unshuffle, rgb_conv, upsample_conv
 
 from .config import LATENT_FRAMES, FlashVSRConfig
 from .dit import weight
+from .state import Places
 
 CELL = 8  # pixels of a latent
 
@@ -25,29 +26,38 @@ class MemBlock(nn.Module):
         self.weight2, self.bias2 = weight(width, width, 3, 3), weight(width)
         self.weight3, self.bias3 = weight(width, width, 3, 3), weight(width)
 
-    def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        y = conv3x3(x, self.weight1, self.bias1, past=past, relu=True)
+    def forward(self, x: Tensor, memory: list[Tensor], i: int) -> Tensor:
+        """memory[i]: x of the step before, replaced"""
+        y = conv3x3(x, self.weight1, self.bias1, past=memory[i], relu=True)
+        memory[i] = x
         y = conv3x3(y, self.weight2, self.bias2, relu=True)
-        return conv3x3(y, self.weight3, self.bias3, residual=x, relu=True)
+        return conv3x3(y, self.weight3, self.bias3, residual=x, relu=True, out=_spare(memory))
 
 
 class Stage(nn.Module):
-    """Three memory blocks, then twice the size and `grow` times the time steps."""
+    """Three memory blocks, and weights for twice the size and `grow` times the time steps."""
 
-    def __init__(self, width: int, out: int, grow: int, relu: bool):
+    def __init__(self, width: int, out: int, grow: int):
         super().__init__()
         self.memory = nn.ModuleList(MemBlock(width) for _ in range(3))
         self.folded = weight(grow, 2, 2, out, 2, 2, width)
-        self.relu = relu
 
-    def forward(self, x: Tensor, memory: list[Tensor]) -> Iterator[Tensor]:
-        """x: one step (B, h, w, C)    memory: each block's last input, replaced
-        Yields steps (B, 2 h, 2 w, out).
-        """
+    def forward(self, x: Tensor, memory: list[Tensor]) -> Tensor:
+        """x: one step (B, h, w, C)    memory: each block's last input, replaced    Returns x's like."""
         for i, block in enumerate(self.memory):
-            memory[i], x = x, block(x, memory[i])
+            x = block(x, memory, i)
+        return x
+
+    def grown(self, x: Tensor, memory: list[Tensor], following: list[Tensor]) -> Iterator[Tensor]:
+        """As forward, then steps (B, 2 h, 2 w, out). following: the memory of the stage that they are for"""
+        x = self(x, memory)
         for step in self.folded.split(1):
-            yield upsample_conv(x, step, relu=self.relu)
+            yield upsample_conv(x, step, out=_spare(following))
+
+
+def _spare(memory: list[Tensor]) -> Tensor | None:
+    """Where the next picture is best made, if memory knows a place."""
+    return memory.spare if isinstance(memory, Places) else None
 
 
 class Decoder(nn.Module):
@@ -58,7 +68,7 @@ class Decoder(nn.Module):
         self.in_weight, self.in_bias = (weight(a, 3 * LATENT_FRAMES * 64 + config.latent_channels, 3, 3),
                                         weight(a))
         self.mid_weight = weight(a, a, 3, 3)
-        self.stages = nn.ModuleList([Stage(a, b, 1, False), Stage(b, c, 2, False), Stage(c, d, 2, True)])
+        self.stages = nn.ModuleList([Stage(a, b, 1), Stage(b, c, 2), Stage(c, d, 2)])
         self.out1_weight = weight(d, d, 3, 3)
         self.out2_weight, self.out2_bias = weight(3, d, 3, 3), weight(3)
 
@@ -81,29 +91,35 @@ class Decoder(nn.Module):
         x = conv3x3(x, self.in_weight, self.in_bias, relu=True)
         x = conv3x3(x, self.mid_weight, relu=True)
         first, second, third = self.stages
-        for x in first(x, memory[0]):
-            for x in second(x, memory[1]):
-                for x in third(x, memory[2]):
-                    frame = self._frame(x, box or (0, 0, *x.shape[1:3]))
-                    del x  # before the next is made
-                    yield frame
+        for x in first.grown(x, memory[0], memory[1]):
+            for x in second.grown(x, memory[1], memory[2]):
+                x = third(x, memory[2])
+                for step in third.folded.split(1):
+                    yield self._frame(x, step, box or (0, 0, 8 * h, 8 * w))
 
-    def _frame(self, x: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
-        """The last two convolutions, (B, H, W, d) to a frame and its moments: a third of the rows after the other, so that
-        what is in between takes a third of the memory. Of several pictures a part of the rows would not be contiguous.
+    def _frame(self, x: Tensor, step: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
+        """The last stage's growth by one of its steps and the convolutions behind it, to a frame and its moments: a third
+        of the rows after the other, for what is in between would take most of the memory. Of several pictures a part of
+        the rows is not contiguous, so they are taken whole.
         """
-        (B, H), (top, _, height, _) = x.shape[:2], box
-        step = -(-H // 3) if B == 1 else H
-        bands = [(max(top, row), min(row + step, top + height)) for row in range(0, H, step)]
-        parts = [self._rows(x, box, first, end) for first, end in bands if first < end]
-        frames, moments, rows = zip(*parts)
-        return torch.cat(frames, 1), sum(m * n / height for m, n in zip(moments, rows)) if self.moments else None
+        (B, h), (top, _, height, _) = x.shape[:2], box
+        size = -(-2 * h // 3) if B == 1 else 2 * h
+        bands = [(max(top, row), min(row + size, top + height)) for row in range(0, 2 * h, size)]
+        frames, moments, rows = zip(*(self._rows(x, step, box, first, end) for first, end in bands if first < end))
+        if not self.moments:
+            return torch.cat(frames, 1), None
+        mean = moments[0] * (rows[0] / height)
+        for its_moments, its_rows in zip(moments[1:], rows[1:]):
+            mean.add_(its_moments, alpha=its_rows / height)
+        return torch.cat(frames, 1), mean
 
-    def _rows(self, x: Tensor, box: tuple[int, int, int, int], first: int,
+    def _rows(self, x: Tensor, step: Tensor, box: tuple[int, int, int, int], first: int,
               end: int) -> tuple[Tensor, Tensor | None, int]:
         """Rows first to end of a frame, their moments, and how many they are."""
-        above = max(0, first - 2)
-        x = conv3x3(x[:, above:end + 2], self.out1_weight, relu=True)
-        last = rgb_conv(x, self.out2_weight, self.out2_bias, box=(first - above, box[1], end - first, box[3]),
-                        out_dtype=torch.promote_types(x.dtype, torch.float32), return_moments=self.moments)
+        above, below = max(0, first - 2), min(2 * x.shape[1], end + 2)   # of full size: two convolutions look beyond
+        start, stop = max(0, above // 2 - 1), (below + 1) // 2 + 1       # of x, as does that which enlarges it
+        y = upsample_conv(x[:, start:stop], step, relu=True)
+        y = conv3x3(y[:, above - 2 * start:below - 2 * start], self.out1_weight, relu=True)
+        last = rgb_conv(y, self.out2_weight, self.out2_bias, box=(first - above, box[1], end - first, box[3]),
+                        out_dtype=torch.promote_types(y.dtype, torch.float32), return_moments=self.moments)
         return *(last if self.moments else (last, None)), end - first

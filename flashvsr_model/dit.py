@@ -37,20 +37,21 @@ class Block(nn.Module):
         self.ffn_in_weight, self.ffn_in_bias = weight(hidden, C), weight(hidden)
         self.ffn_out_weight, self.ffn_out_bias = weight(C, hidden), weight(C)
 
-    def forward(self, x: Tensor, y: Tensor, following: tuple[Tensor, Tensor], tables: Tables, kv: KVRing,
-                local: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """x: the residual stream    y: x normed and modulated for this block
+    def forward(self, stream: list[Tensor], following: tuple[Tensor, Tensor], tables: Tables, kv: KVRing,
+                local: Tensor, topk: int) -> None:
+        """stream: the residual stream, and the same normed and modulated for this block; replaced by the two for what
+        follows. In a list, so that nobody holds what this block has used: it is a fifth of a first chunk's memory.
         following: scale and shift of the norm behind this block
-        Returns the two for what follows.
         """
         _, _, gate1, shift2, scale2, gate2 = self.modulation
-        y = self.self_attention(y, tables, kv, local, topk)
+        y = self.self_attention(stream, tables, kv, local, topk)
+        x = stream.pop()
         x, y = gated_add_norm(x, y, gate1, self.cross_scale, self.cross_shift, eps=EPS)
         x, y = gated_add_norm(x, self.cross_attention(y), None, scale2, shift2, eps=EPS)
-        return gated_add_norm(x, self.feed_forward(y, len(tables[0]) // 2), gate2, *following, eps=EPS)
+        stream += gated_add_norm(x, self.feed_forward(y, len(tables[0]) // 2), gate2, *following, eps=EPS)
 
-    def self_attention(self, x: Tensor, tables: Tables, kv: KVRing, local: Tensor, topk: int) -> Tensor:
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
+    def self_attention(self, stream: list[Tensor], tables: Tables, kv: KVRing, local: Tensor, topk: int) -> Tensor:
+        qkv = F.linear(stream.pop(), self.qkv_weight, self.qkv_bias)
         q, k, v, q_mean, k_mean = qkv_norm_rope(qkv, self.norm_q, self.norm_k, tables, self.head_dim, eps=EPS,
                                                 out=kv.slot(self.layer))
         del qkv  # a third of the memory that attention works in
@@ -97,9 +98,10 @@ class DiT(nn.Module):
         x = x + window_order(lq, (f, H // 2, W // 2))
         norms = [(block.modulation[1], block.modulation[0]) for block in self.blocks]
         norms.append((self.head_modulation[1], self.head_modulation[0]))
-        y = layer_norm_modulate(x, *norms[0], eps=EPS)
+        stream = [x, layer_norm_modulate(x, *norms[0], eps=EPS)]
+        del x
         for block, following in zip(self.blocks, norms[1:]):
-            x, y = block(x, y, following, tables, kv, local, topk)
-        x = F.linear(y, self.head_weight, self.head_bias)
+            block(stream, following, tables, kv, local, topk)
+        x = F.linear(stream[1], self.head_weight, self.head_bias)
         x = x.view(B, f // 2, H // 16, W // 16, 2, 8, 8, 2, 2, C).permute(0, 9, 1, 4, 2, 5, 7, 3, 6, 8)
         return x.reshape(B, C, f, H, W)

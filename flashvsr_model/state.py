@@ -1,6 +1,7 @@
 """Everything that changes while a stream runs."""
-import itertools
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,40 @@ from .config import FIRST_FRAMES, PATCH, SCALE, TILE, FlashVSRConfig
 
 
 class Places(list[Tensor]):
-    """Tensors that stay where they are, as recorded chunks look for them there: what is put in a place is copied."""
+    """Tensors that stay where they are, as recorded chunks look for them there: what is put in a place is copied.
+
+    Not so within turning: what was made in spare takes the place, and what it drives out is the next spare.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__(tensors)
+        self.spare: Tensor | None = None
+        self._home = tuple(self)
 
     def __setitem__(self, place: int, x: Tensor) -> None:
-        self[place].copy_(x)
+        if x is self.spare:
+            self.spare = self[place]
+            super().__setitem__(place, x)
+        else:
+            self[place].copy_(x)
+
+    @contextmanager
+    def turning(self) -> Iterator[None]:
+        """Puts all places in turn, the first to the last, again and again, without copying. All tensors are back where
+        they were after one round more than there are places: so often, or a multiple, it must be.
+        """
+        self.spare = torch.empty_like(self[0])
+        yield
+        if any(x is not home for x, home in zip(self, self._home)):
+            raise RuntimeError(f"{len(self)} places must be put in a multiple of {len(self) + 1} rounds")
+        self.spare = None
+
+    def zero_(self) -> None:
+        """Zeros, where the tensors were at the start, wherever a chunk that failed has left them."""
+        super().__setitem__(slice(None), self._home)
+        self.spare = None
+        for x in self:
+            x.zero_()
 
 
 class KVRing:
@@ -170,8 +201,12 @@ class StreamState:
         self.noise: Tensor | None = None    # of the next chunk, if it has been drawn
         self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
-        for memory in (*self.lq_tail, *itertools.chain(*self.decoder)):
+        for memory in (self.lq_tail, *self.decoder):
             memory.zero_()
+
+    def turning(self) -> AbstractContextManager[None]:
+        """For a chunk's pictures: the last stage's memories change four times, the first chunk's twelve times."""
+        return self.decoder[2].turning()
 
     def memory(self) -> int:
         """Bytes held."""

@@ -184,14 +184,15 @@ class StreamingUpscaler:
         latent = noise - self.dit(noise, lq, (times, rows, cols), state.kv, local,
                                   self.config.topk(g.padded_height, g.padded_width))
         del lq
-        for i in range(latent.shape[2]):
-            end = LATENT_FRAMES * i + (1 if first else LATENT_FRAMES)
-            cond = frames[:, max(0, end - LATENT_FRAMES):end]
-            lacking = LATENT_FRAMES - cond.shape[1]  # the first latent has one frame of input; the others are dropped
-            cond = torch.cat([cond[:, :1].expand(-1, lacking, -1, -1, -1), cond], 1) if lacking else cond
-            for j, frame in enumerate(self.decoder(latent[:, :, i], cond, state.decoder, g.box)):
-                if j >= lacking:
-                    yield frame
+        with state.turning():
+            for i in range(latent.shape[2]):
+                end = LATENT_FRAMES * i + (1 if first else LATENT_FRAMES)
+                cond = frames[:, max(0, end - LATENT_FRAMES):end]
+                lacking = LATENT_FRAMES - cond.shape[1]  # the first latent has one frame of input; the others are dropped
+                cond = torch.cat([cond[:, :1].expand(-1, lacking, -1, -1, -1), cond], 1) if lacking else cond
+                for j, frame in enumerate(self.decoder(latent[:, :, i], cond, state.decoder, g.box)):
+                    if j >= lacking:
+                        yield frame
 
     def noise(self, chunk: int, shape: tuple[int, ...]) -> Tensor:
         """What the one step of a chunk starts from; the same on every device."""

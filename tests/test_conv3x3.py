@@ -132,6 +132,28 @@ def test_outputs_may_be_changed_in_place():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_results_in_memory_that_is_given(upsample, backend):
+    x, weight, options = inputs(2, 6, 5, 8, 16, upsample=upsample, dtype=torch.float32)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    for make in (lambda out: conv3x3(x, weight, **options, out=out, backend=backend),
+                 lambda out: upsample_conv(x, fold_upsample(weight[:, :8]), relu=True, out=out, backend=backend)):
+        wanted = make(None)
+        out = torch.empty_like(wanted)
+        assert make(out) is out and torch.equal(out, wanted)
+
+
+def test_wrong_memory_for_results_is_named():
+    x, weight, _ = inputs(1, 4, 4, 8, 8)
+    for out, message in ((torch.empty(1, 4, 4, 8), r"out must be \(1, 4, 4, 8\) torch.float64"),
+                         (x.new_empty(1, 4, 8, 8)[:, :, ::2], "contiguous, got"), (x, "must share no memory")):
+        with pytest.raises(ValueError, match=message):
+            conv3x3(x, weight[:, :8], out=out)
+    with pytest.raises(ValueError, match="where gradients are recorded"):
+        upsample_conv(x, fold_upsample(weight[:, :8]).requires_grad_(), out=x.new_empty(1, 8, 8, 8))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def placed(request):
     """Device and dtype: on a GPU what its kernels take."""
@@ -148,6 +170,11 @@ def test_operators_are_registered_right(placed, training):
     x = torch.randn(2, 4, 5, 8, **placed, requires_grad=training)
     folded = torch.randn(2, 2, 2, 16, 2, 2, 8, **placed, requires_grad=training)
     torch.library.opcheck(torch.ops.flashvsr.upsample_conv.default, (x, folded, True, None))
+    if not training:
+        torch.library.opcheck(torch.ops.flashvsr.upsample_conv_into.default,
+                              (x, folded, True, x.new_empty(4, 8, 10, 16), None))
+        torch.library.opcheck(torch.ops.flashvsr.conv3x3_into.default,
+                              (x, x.new_ones(16, 8, 3, 3), None, None, None, False, x.new_empty(2, 4, 5, 16), None))
 
 
 def block(x, weight, options, grow):
@@ -235,6 +262,7 @@ def test_every_backend_reaches_its_kernel(backend):
     with pytest.raises(NotImplementedError, match="weights must be torch.channels_last"):
         conv3x3(x, weight, **options, backend=backend)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    results = [(conv3x3(x, weight, **options, backend=name), upsample_conv(x, folded, backend=name))
+    results = [(conv3x3(x, weight, **options, out=torch.empty_like(x), backend=name),
+                upsample_conv(x, folded, out=x.new_empty(2, 24, 40, 64), backend=name))
                for name in (backend, "reference")]
     torch.testing.assert_close(*results, atol=3e-2, rtol=2e-2)

@@ -84,8 +84,8 @@ def test_one_backend_is_preferred_and_what_ran_is_told():
     work = decoder_stages.Work(decoder_stages.Stage("decoder", PICTURE, "compact", "fp32"), "cpu")
     with torch.no_grad():
         assert decoder_stages.used(work.ours("reference")) == {
-            "conv3x3 reference": 2 * (2 + 9 + 9 + 2 * 9 + 4), "upsample_conv reference": 2 * (1 + 2 + 4),
-            "rgb_conv reference": 8, "adain_uint8 reference": 8}
+            "pixel_unshuffle reference": 2, "conv3x3 reference": 2 * (2 + 9 + 9 + 2 * 9 + 4 * 3),
+            "upsample_conv reference": 2 * (1 + 2 + 4 * 3), "rgb_conv reference": 8 * 3, "adain_uint8 reference": 8}
     assert dict(_tables) == before
 
 
@@ -111,7 +111,7 @@ def test_a_run_prints_and_writes_every_contestant(tmp_path, capsys, monkeypatch)
         assert name in ("gemm", "copy") or row["error"] < .01
         if name == "reference":
             assert list(row["of_peer"]) == expected[case][2:] and min(row["of_peer"].values()) > 0
-    assert rows["decoder", "reference"]["used"]["rgb_conv reference"] == 8
+    assert rows["decoder", "reference"]["used"]["rgb_conv reference"] == 8 * 3
     assert "form" in rows["decoder", "plain-compiled"] and rows["conv3x3", "gemm"]["of_gemm"] == 1
     assert Image.open(tmp_path / "a.png").width > 500
     assert [len(bars) for bars in plot_bars.groups(document).values()] == [5, 4, 5, 2]

@@ -30,7 +30,7 @@ def device(request):
 @pytest.fixture
 def short(monkeypatch):
     """Few rows a program and narrow tiles: small pictures have many of them."""
-    monkeypatch.setattr(pixels_triton, "ROWS", 4)
+    monkeypatch.setattr(pixels_triton, "ROWS", [4])
     monkeypatch.setattr(pixels_triton, "ENLARGED", 64)
     monkeypatch.setattr(pixels_triton, "MATCHED", 64)
 

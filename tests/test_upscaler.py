@@ -9,6 +9,7 @@ from PIL import Image
 from flashvsr_model import StreamingUpscaler, StreamState
 from flashvsr_model.config import PRESETS
 from flashvsr_model.fuse import expected_shapes
+from flashvsr_model.state import Places
 from flashvsr_model.upscaler import enlarge, framed
 from tests.golden import drawn
 
@@ -243,6 +244,25 @@ def test_a_chunk_that_fails_leaves_no_stream(upscaler, monkeypatch):
     state.reset()
     again = torch.cat([upscaler.push(state, frames), upscaler.flush(state)])
     assert torch.equal(again, upscaler.upscale(frames))
+
+
+def test_places_turn_without_copies():
+    """Four rounds of three places bring every tensor back; what is in them is what was put there last."""
+    places = Places(torch.zeros(1) for _ in range(3))
+    home = list(places)
+    with places.turning():
+        for number in range(1, 13):
+            x = places.spare.fill_(number)
+            places[(number - 1) % 3] = x
+            assert places[(number - 1) % 3] is x and x.item() == number
+        assert [x.item() for x in places] == [10, 11, 12]
+    assert all(map(lambda a, b: a is b, places, home)) and places.spare is None
+    places[0] = torch.ones(1)
+    assert places[0] is home[0] and home[0].item() == 1
+    with pytest.raises(RuntimeError, match="3 places must be put in a multiple of 4 rounds"), places.turning():
+        places[0] = places.spare
+    places.zero_()
+    assert all(map(lambda a, b: a is b, places, home)) and not any(x.item() for x in places)
 
 
 def test_mixed_depths_are_named(upscaler):

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class ClipState:
                         for width in (768, config.lq_hidden[0])]
         self.decoder = [[torch.zeros(batch, 2 * side << stage, 2 * side << stage, width, dtype=dtype, device=device)
                          for _ in range(3)] for stage, width in enumerate(config.decoder_channels[:3])]
+        self.turning = nullcontext  # all that is remembered is a tensor of its own
 
 
 class Trainee(nn.Module):
