@@ -187,6 +187,7 @@ class StreamState:
         if graphs and not self.kv.keys.is_cuda:
             raise ValueError(f"graphs need a CUDA device, the model is on {self.kv.keys.device}")
         self.graphs = ChunkGraphs() if graphs else None
+        self.first_noise: Tensor | None = None  # of the first chunk, which every stream begins with; see new_state
         self.reset()
 
     def reset(self) -> None:
@@ -198,7 +199,7 @@ class StreamState:
         self.time = 0                       # rotary position of the next latent
         self.flushed = False
         self.torn = False                   # whether a chunk failed, which leaves memories of two times
-        self.noise: Tensor | None = None    # of the next chunk, if it has been drawn
+        self.noise = self.first_noise       # of the next chunk, if it has been drawn
         self.ready: list[Tensor] = []   # frames done and not yet given; a push gives them all unless it fails
         self.kv.written = 0
         for memory in (self.lq_tail, *self.decoder):

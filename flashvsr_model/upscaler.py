@@ -77,8 +77,10 @@ class StreamingUpscaler:
                              f"{width}x{height}; raise it")
         if graphs is None:
             graphs = self.device.type == "cuda" and self.dtype.itemsize == 2
-        return StreamState(self.config, height, width, dtype=self.dtype, device=self.device,
-                           out_dtype=out_dtype, graphs=graphs)
+        state = StreamState(self.config, height, width, dtype=self.dtype, device=self.device, out_dtype=out_dtype,
+                            graphs=graphs)
+        state.first_noise = state.noise = self._noise(state, 1)  # so that the first frames need not wait for it
+        return state
 
     @torch.no_grad()
     def warm_up(self, state: StreamState, *, eight_bit: bool = True) -> float:

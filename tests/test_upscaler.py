@@ -246,6 +246,24 @@ def test_a_chunk_that_fails_leaves_no_stream(upscaler, monkeypatch):
     assert torch.equal(again, upscaler.upscale(frames))
 
 
+def test_noise_is_drawn_ahead(monkeypatch):
+    """The first chunk's with the state, the others' while the device works; the same in every stream."""
+    upscaler, drawn_for = make(noise=1.0), []
+    noise = upscaler.noise
+
+    def watched(chunk, shape):
+        drawn_for.append(chunk)
+        return noise(chunk, shape)
+    monkeypatch.setattr(upscaler, "noise", watched)
+    state, frames = upscaler.new_state(32, 32), clip(40)
+    assert drawn_for == [0]
+    first = torch.cat([upscaler.push(state, frames), upscaler.flush(state)])
+    assert drawn_for == [0, 1, 2, 3, 4]
+    state.reset()
+    assert torch.equal(torch.cat([upscaler.push(state, frames), upscaler.flush(state)]), first)
+    assert drawn_for == [0, 1, 2, 3, 4, 1, 2, 3, 4]
+
+
 def test_places_turn_without_copies():
     """Four rounds of three places bring every tensor back; what is in them is what was put there last."""
     places = Places(torch.zeros(1) for _ in range(3))
