@@ -285,15 +285,15 @@ def test_compiled_without_a_gpu():
 @pytest.mark.parametrize("shape", [*REAL.values(), *FOLDED.values()],
                          ids=[*REAL.keys(), *(f"enlarged {name}" for name in FOLDED)])
 def test_same_bits_500_times(tiles, shape, others):
-    """Launches back to back, ten at a time."""
+    """Launches back to back, four at a time: some of the results have 1.1 GB, and tests run side by side."""
     if len(shape) == 6:
         launch = partial(conv3x3_hopper.upsample_conv, *make_folded("cuda", *shape[:5], T=shape[5]))
     else:
         launch = partial(conv3x3_hopper.conv3x3, *real("cuda", *shape))
     wanted, changed = launch(), torch.zeros((), dtype=torch.int64, device="cuda")
     with other_work(others) if others else nullcontext():
-        for _ in range(50):
-            for out in [launch() for _ in range(10)]:
+        for _ in range(125):
+            for out in [launch() for _ in range(4)]:
                 changed += (out != wanted).any()
         changed = changed.item()
     assert changed == 0
