@@ -39,8 +39,8 @@ def test_compiles_fits_and_does_not_spill(found, arch):
 def test_every_op_has_kernels(found, arch):
     ops = {one.launch.split()[0] for one in kernels(found, arch)}
     assert ops - {"hopper"} == {"forward", "backward", "selection", "lists", "transposed", "conv3x3", "conv3d",
-                                "enlarge", "rgb_conv", "adain_uint8", "rms_norm", "layer_norm_modulate", "gated_add",
-                                "gated_add_norm", "qk_norm_rope", "qkv_norm_rope"}
+                                "enlarge", "pixel_unshuffle", "rgb_conv", "adain_uint8", "rms_norm",
+                                "layer_norm_modulate", "gated_add", "gated_add_norm", "qk_norm_rope", "qkv_norm_rope"}
     assert ("hopper" in ops) == (arch == 90)
 
 

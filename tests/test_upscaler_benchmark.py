@@ -89,6 +89,8 @@ def test_floor_counts_what_the_model_calls():
     known = {name: flop for name, flop, _ in roofline.floor(case.config, case.geometry, 4) if flop}
     # The budget of the official code is of scores above the one at its rank: one block may be left out.
     assert found.pop("sparse attention") == pytest.approx(known.pop("sparse attention"), rel=.1)
+    # Where the parts of a full-size picture meet some rows are made twice: the fewer of all, the larger it is.
+    assert 1 <= found.pop("decoder") / known.pop("decoder") < 1.02
     assert found == pytest.approx(known)
 
 
