@@ -3,8 +3,8 @@
     python -m benchmarks.check            --update records this machine's figures instead
 
 Four gates. Three of ratios measured in turn in one run, against those committed for this GPU, or on a machine
-without one for the C++ ops on one thread of a CPU: attention's ideal time to its time (bench_attention); the
-time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
+without one for the C++ ops on one thread of a CPU with these instructions: attention's ideal time to its time
+(bench_attention); the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
 (bench_decoder); and of the whole model's steady chunk the floor to its time (bench_upscaler). And what the
 compilers made of the Triton and Gluon kernels (registers, shared memory, spills, wgmma and TMA), which needs
 Triton but no GPU. What has no committed figures, or on a GPU those of other versions of torch or Triton, is
@@ -107,7 +107,8 @@ def versions() -> dict[str, str]:
 
 def check_ratios(ratios: Ratios, device: str, seconds: float, path: Path, record: str | None) -> list[str]:
     """Measures, prints, and gates or, as of the commit record, writes; what is worse, one line each."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    # Which of the op's builds runs on a CPU decides more than anything else: figures are of an instruction set.
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu {machine.instructions()}"
     everything = json.loads(path.read_text()) if path.exists() else {}
     found, wrong = ratios(device, seconds)
     committed = everything.get(name)

@@ -32,6 +32,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def instructions() -> str:
+    """The best of the instruction sets that our C++ is built for, by what Linux says of the processor: "avx512bf16",
+    "avx512", "avx2" or "generic".
+    """
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    known = (("avx512bf16", {"avx512_bf16", "avx512vl"}), ("avx512", {"avx512f"}), ("avx2", {"avx2", "fma"}))
+    return next((name for name, needed in known if needed <= flags), "generic")
+
+
 def commit() -> str:
     """The short commit, with "+" if tracked files differ from it, or "unknown" outside a git repository."""
     def git(*words: str) -> subprocess.CompletedProcess:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_attention, check, peers
+from benchmarks import bench_attention, check, machine, peers
 from benchmarks.static_facts import gate_static
 from flashvsr_kernels import _native
 
@@ -35,7 +35,7 @@ def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
         case for case in bench_attention.grid(device, quick=True) if f"{case.key}/cpu" == CASE])
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     assert check.main([*asked, "--update"]) == 0
-    recorded = json.loads((tmp_path / "ratios.json").read_text())["cpu"]
+    recorded = json.loads((tmp_path / "ratios.json").read_text())[f"cpu {machine.instructions()}"]
     assert recorded["ratios"].keys() == {CASE} and recorded["ratios"][CASE] > .2
     assert check.main(asked) == 0
     sparse_attn = peers.sparse_attn
@@ -58,7 +58,7 @@ def test_a_wrong_result_fails(tmp_path, monkeypatch, capsys):
     path = str(tmp_path / "none.json")
     assert check.main(["--baseline", path, "--part", "ratios", "--seconds", "0"]) == 1
     printed = capsys.readouterr().out
-    assert f"WORSE: {CASE}: error 0.1" in printed and "committed for cpu: reported only" in printed
+    assert f"WORSE: {CASE}: error 0.1" in printed and f"cpu {machine.instructions()}: reported only" in printed
 
 
 @pytest.mark.parametrize("about, outcome, said", [
@@ -102,7 +102,8 @@ def test_static_gate_finds_what_is_gone_and_what_does_not_compile():
 
 def test_committed_figures_are_those_that_are_gated():
     figures = json.loads((check.RESULTS / "attention_ratios.json").read_text())
-    assert {f"{case.key}/cpu" for case in check.cases("cpu")} == set(figures["cpu"]["ratios"])
+    for instructions in "avx2", "avx512bf16":
+        assert {f"{case.key}/cpu" for case in check.cases("cpu")} == set(figures[f"cpu {instructions}"]["ratios"])
     for name, entry in figures.items():
         assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
         assert all(ratio > 0 for ratio in entry["ratios"].values()), name

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import (bench_decoder, check, decoder_cases, decoder_peers, decoder_stages, peers, plain,
+from benchmarks import (bench_decoder, check, decoder_cases, decoder_peers, decoder_stages, machine, peers, plain,
                         plot_bars)
 from flashvsr_kernels.backends import _tables
 
@@ -180,7 +180,7 @@ def test_check_finds_a_planted_slowdown_and_a_wrong_result(tmp_path, monkeypatch
     asked = ["--decoder-baseline", str(path), "--part", "decoder", "--seconds", "0.3"]
     plant(1, 1)
     assert check.main([*asked, "--update"]) == 0
-    recorded = json.loads(path.read_text())["cpu"]["ratios"]
+    recorded = json.loads(path.read_text())[f"cpu {machine.instructions()}"]["ratios"]
     assert recorded.keys() == {f"{case.key}/cpu"} and recorded[f"{case.key}/cpu"] > .3
     assert check.main(asked) == 0
     plant(3, 1)
@@ -198,13 +198,14 @@ def test_check_records_nothing_where_nothing_of_ours_runs(tmp_path, monkeypatch,
     asked = ["--decoder-baseline", str(tmp_path / "ratios.json"), "--part", "decoder"]
     assert check.main([*asked, "--update"]) == 0 and not (tmp_path / "ratios.json").exists()
     assert "nothing recorded" in capsys.readouterr().out
-    assert check.main(asked) == 0 and "committed for cpu: reported only" in capsys.readouterr().out
+    assert check.main(asked) == 0
+    assert f"committed for cpu {machine.instructions()}: reported only" in capsys.readouterr().out
 
 
 def test_committed_figures_are_those_that_are_gated():
     path = check.RESULTS / "decoder_ratios.json"
     for name, entry in (json.loads(path.read_text()) if path.exists() else {}).items():
-        device = "cpu" if name == "cpu" else "cuda"
+        device = "cpu" if name.startswith("cpu ") else "cuda"
         keys = {case.key for case in decoder_cases.grid(device, quick=True)}
         assert {key.rpartition("/")[0] for key in entry["ratios"]} <= keys
         assert {key.rpartition("/")[2] for key in entry["ratios"]} <= set(decoder_peers.BACKENDS[device])
