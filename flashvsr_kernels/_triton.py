@@ -4,6 +4,7 @@ import importlib.util
 import torch
 
 OLDEST = (3, 6)
+PROCESSORS = 132  # multiprocessors that work is shared out for where there is no GPU: an H100's
 
 
 def available() -> str | None:
@@ -32,3 +33,10 @@ def capability() -> int:
     """Compute capability of the current GPU as one number, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability()
     return major * 10 + minor
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; PROCESSORS of any other device."""
+    if device.type != "cuda":
+        return PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

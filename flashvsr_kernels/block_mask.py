@@ -8,7 +8,6 @@ from . import _triton, reference
 from .backends import Backend, pick, register
 
 BLOCK = 128  # tokens of a block, in queries and in keys
-PROCESSORS = 132  # multiprocessors that order is made for where there is no GPU: an H100's
 STRIP = 8         # block columns, of which order makes neighbours: 132 blocks are nearly a square
 
 _lib = torch.library.Library("flashvsr", "FRAGMENT")
@@ -69,9 +68,7 @@ def waves(tiles: int, device: torch.device) -> tuple[int, int]:
     The last two groups are one, which leaves more short lists to even out the finish; on an H100 with 12 heads of 66
     blocks (2, 2, 2, 2 and 4 heads) it was the fastest of the orders measured.
     """
-    processors = PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = _triton.processors(device)
     return processors, max(1, -(-tiles // processors) - 1)
 
 

@@ -25,10 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._triton import processors
 from .conv3d_triton import normalise
 
 ROWS, COLS = 16, 8                                    # pixels of a tile
-PROCESSORS = 132                                      # of an H100, where no GPU is asked
 CONSUMER_REGISTERS = gl.constexpr(232)                # of a thread; 64512 in all
 PRODUCER_REGISTERS = gl.constexpr(40)
 
@@ -60,12 +60,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma:
     edges = torch.empty((B * (taps - 2 + T), 2, H, COLS, C), dtype=x.dtype, device=x.device)
     squares = torch.empty((-(-O // 128), out.numel() // O), dtype=torch.float32, device=x.device)
     tiles = -(-H // ROWS) * -(-W // COLS) * B * (T // 2)
-    processors = PROCESSORS
-    if x.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    chosen = config(tiles, O, processors)
+    available = processors(x.device)
+    chosen = config(tiles, O, available)
     items = -(-tiles // chosen["PT"]) * -(-O // (128 * chosen["OT"]))
-    programs = min(items, processors)
+    programs = min(items, available)
     with torch.cuda.device_of(x):
         _edges[(len(edges) * 2, H)](x, context, edges, *x.stride()[:4], *context.stride()[:4], taps - 2,
                                     taps - 2 + T, H, W, C, N=512)

@@ -55,4 +55,3 @@ class LQProjector(nn.Module):
 
     def _second(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return causal_conv3d(x, self.conv2_weight, self.conv2_bias, tail, gamma=self.norm2)
-

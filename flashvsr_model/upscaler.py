@@ -68,7 +68,7 @@ class StreamingUpscaler:
 
         out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits
         graphs: record steady chunks as CUDA graphs, one for each slot of the K/V ring: less work for the host;
-           None: where the kernels run, on a GPU in 16 bits
+           None: in 16 bits where Triton's kernels run, as all of those can be recorded
         Raises ValueError if the size is under 16x16, or too large for sparse_ratio, or for graphs without CUDA.
         """
         g = Geometry.of(height, width, self.config.margin)
@@ -76,7 +76,8 @@ class StreamingUpscaler:
             raise ValueError(f"sparse_ratio {self.config.sparse_ratio} leaves no attention at "
                              f"{width}x{height}; raise it")
         if graphs is None:
-            graphs = self.device.type == "cuda" and self.dtype.itemsize == 2
+            kernels_run = kernels.backends()["sparse_attn"]["triton"] is None
+            graphs = self.device.type == "cuda" and self.dtype.itemsize == 2 and kernels_run
         state = StreamState(self.config, height, width, dtype=self.dtype, device=self.device, out_dtype=out_dtype,
                             graphs=graphs)
         state.first_noise = state.noise = self._noise(state, 1)  # so that the first frames need not wait for it

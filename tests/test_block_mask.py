@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvsr_kernels import BlockMask, block_mask, lcsa_mask, local_window
+from flashvsr_kernels import BlockMask, _triton, block_mask, lcsa_mask, local_window
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,7 +52,7 @@ def test_neighbours_are_those_of_strips(rows, columns):
 
 
 def test_a_larger_gpu_takes_more_at_a_time(monkeypatch):
-    monkeypatch.setattr(block_mask, "PROCESSORS", 148)
+    monkeypatch.setattr(_triton, "PROCESSORS", 148)
     assert block_mask.waves(792, torch.device("cpu")) == (148, 5)
 
 

@@ -73,7 +73,8 @@ def on_threads(module, late):
     kernel = gluon_on_threads.Launcher(module, "conv3d_kernel", late)
     kernel.function.__globals__["gl"] = language()
     edges = type("Launcher", (), {"__getitem__": lambda self, grid: border})()
-    return dict(conv3d_kernel=kernel, _edges=edges, normalise=normalise, PROCESSORS=kernel.programs)
+    return dict(conv3d_kernel=kernel, _edges=edges, normalise=normalise,
+                processors=lambda device: kernel.programs)
 
 
 def replace(monkeypatch, module, names):
