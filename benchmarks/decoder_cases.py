@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from flashvsr_kernels import (adain_uint8, causal_conv3d, color_moments, conv3x3, enlarge, fold_upsample,
-                              rgb_conv, upsample_conv)
+                              rgb_conv, rgb_head, upsample_conv)
 from flashvsr_model.config import LATENT_FRAMES, PATCH, PRESETS, SCALE, SLICE_FRAMES, FlashVSRConfig
 
 from .cases import DTYPES
 
 BYTES = ("rgb_conv", "adain_uint8", "enlarge")  # bound by memory: held against a copy, not a matrix product
 SHAPE = {"cuda": ("768x1408", "v1.1", "bf16"), "cpu": ("256x384", "compact", "fp32")}  # picture, preset, type
-QUICK = ("first", "A", "B-past", "C-past", "D", "F-relu", "E", "adain", "enlarge", "1-norm", "2-norm")
+QUICK = ("first", "A", "B-past", "C-past", "D", "F-relu", "E", "G", "adain", "enlarge", "1-norm", "2-norm")
 SMALL = ("B", "B-past", "C-residual")  # for check on a CPU: what takes most of compact's time
 
 
@@ -47,6 +47,8 @@ class Case:
         pixels, C = math.prod(self.shape[:-1]), self.shape[-1]
         if self.op == "upsample_conv":
             return 2 * pixels * self.steps * 4 * 4 * C * self.out
+        if self.op == "rgb_head":
+            return 2 * 4 * pixels * self.out * (4 * C + 9 * self.out + 9 * 3)
         if self.op == "causal_conv3d":
             return 2 * pixels // 2 * 36 * C * self.out
         return 2 * pixels * 9 * C * (2 if self.has("past") else 1) * self.out
@@ -66,6 +68,7 @@ def grid(device: str, quick: bool = False, picture: str | None = None) -> list[C
 
     A, B, C, D: the decoder's widths from full to an eighth of the size    F: growth, enlargement, 3x3
     1, 2: the projector's convolutions for the 8 frames of a steady chunk    E: 3x3 to red, green and blue
+    G: a frame of the decoder's end, an F without growth, an A and an E
     """
     usual, preset, dtype = SHAPE[device]
     config = PRESETS[preset]
@@ -84,7 +87,8 @@ def grid(device: str, quick: bool = False, picture: str | None = None) -> list[C
     cases += [grown("F-512", 2, 8, a, b, 1), grown("F-256", 2, 4, b, c, 2), grown("F-relu", 2, 2, c, d, 2)]
     cases += [conv("A-one", 1, 1, d, d), conv("B-past-one", 1, 2, c, c), conv("C-past-one", 1, 4, b, b),
               conv("D-past-one", 1, 8, a, a), grown("F-relu-one", 1, 2, c, d, 1)]
-    cases += [Case("rgb_conv", "E", (LATENT_FRAMES, H, W, d), dtype=dtype),
+    cases += [Case("rgb_head", "G", (1, H // 2, W // 2, c), d, dtype=dtype),
+              Case("rgb_conv", "E", (LATENT_FRAMES, H, W, d), dtype=dtype),
               Case("adain_uint8", "adain", (SLICE_FRAMES, H, W, 3), dtype=dtype),
               Case("enlarge", "enlarge", (SLICE_FRAMES, H // SCALE, W // SCALE, 3), dtype=dtype)]
     cases += [case for form in ("", "-norm") for case in _projector(config, form, H, W, dtype)]
@@ -105,6 +109,7 @@ def inputs(case: Case, device: str, seed: int = 1) -> Inputs:
 
     conv3x3: x, weight, bias, past, residual    upsample_conv: x, weight (O, C, 3, 3), grow (T C, C), relu
     causal_conv3d: x, weight, bias, tail, gamma    rgb_conv: x, weight, bias
+    rgb_head: x, weight (D, C, 3, 3) to be folded, the hidden one, the last one, bias
     adain_uint8: rgb, its moments, moments of a source    enlarge: frames
     Weights lie channels last, as the model holds them.
     """
@@ -124,6 +129,10 @@ def inputs(case: Case, device: str, seed: int = 1) -> Inputs:
         return x, weight, bias, rand(len(x), 2, *case.shape[2:]), rand(O) if case.has("norm") else None
     K = 2 * C if case.has("past") else C
     weight = rand(O, K, 3, 3, scale=(9 * K) ** -.5).contiguous(memory_format=torch.channels_last)
+    if case.op == "rgb_head":
+        hidden, last = (rand(n, O, 3, 3, scale=(4 * O) ** -.5).contiguous(memory_format=torch.channels_last)
+                        for n in (O, 3))
+        return x, weight, hidden, last, bias[:3]
     if case.op == "upsample_conv":
         return x, weight, rand(case.steps * C, C, scale=C ** -.5), case.has("relu")
     if case.op == "rgb_conv":
@@ -149,6 +158,10 @@ def ours(backend: str, case: Case, call: Inputs) -> Callable[[], Tensor]:
         x, weight, grow, relu = call
         folded = fold_upsample(weight, grow)
         return lambda: upsample_conv(x, folded, relu=relu, backend=backend)
+    if case.op == "rgb_head":
+        x, weight, *rest = call
+        grown = fold_upsample(weight)
+        return lambda: rgb_head(x, grown, *rest, out_dtype=torch.float32, backend=backend)[0]
     if case.op == "causal_conv3d":
         *rest, gamma = call
         return lambda: causal_conv3d(*rest, gamma=gamma, backend=backend)

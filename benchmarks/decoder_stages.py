@@ -146,12 +146,12 @@ def _compiled(function: Callable, compiled: bool) -> Callable:
 
 @contextmanager
 def preferring(backend: str) -> Iterator[None]:
-    """Puts backend first in the tables of all ops, and the reference last. What backend cannot run the next
-    one does; used tells.
+    """Puts backend first in the tables of all ops, or "apart", what is made of other ops, and the reference last.
+    What backend cannot run the next one does; used tells.
     """
     before = dict(_tables)
     for op, table in before.items():
-        _tables[op] = tuple(sorted(table, key=lambda b: (b.name != backend, b.name == "reference")))
+        _tables[op] = tuple(sorted(table, key=lambda b: (b.name not in (backend, "apart"), b.name == "reference")))
     try:
         yield
     finally:

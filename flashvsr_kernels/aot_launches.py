@@ -39,6 +39,7 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
     if arch == 90:
         yield from _convolutions("hopper conv3x3", "conv3x3_hopper")
         yield from _projector("hopper conv3d", "conv3d_hopper")
+        yield from _head("hopper rgb_head", "rgb_head_hopper")
     yield from _pixels("pixels_triton")
     yield from _around_attention("norm_triton", "rope_triton")
 
@@ -59,6 +60,14 @@ def _convolutions(op: str, module: str) -> Iterator[tuple[str, Callable[[], obje
             continue
         call = meta(dtype, 2, 96, 176, C), meta(dtype, T, 2, 2, O, 2, 2, C), T == 2
         yield f"{op} {what}", partial(_launch, module, "upsample_conv", *call)
+
+
+def _head(op: str, module: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The decoder's end, and a narrower one of more channels inside."""
+    for dtype, D, E in ((torch.bfloat16, 128, 128), (torch.float16, 128, 64)):
+        folded, weights = meta(dtype, 1, 2, 2, D, 2, 2, 128), [meta(dtype, O, 3, 3, C) for O, C in ((E, D), (3, E))]
+        call = meta(dtype, 1, 384, 704, 128), folded, *(w.permute(0, 3, 1, 2) for w in weights), meta(dtype, 3)
+        yield f"{op} {D} to {E}", partial(_launch, module, "rgb_head", *call, (0, 0, 768, 1408), torch.float32, True)
 
 
 def _projector(op: str, module: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -187,7 +187,8 @@ def _cpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | No
     return _layout(x, weight, *others)
 
 
-def _gpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+def gpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    """None if a GPU's kernels can take tensors of these places, dtypes and memory formats, else the reason."""
     if x.device.type != "cuda":
         return f"runs on a CUDA device, x is on {x.device}"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -196,7 +197,7 @@ def _gpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | No
 
 
 def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
-    if reason := _gpu_supports(x, weight, *others):
+    if reason := gpu_supports(x, weight, *others):
         return reason
     from . import conv3x3_hopper
     return conv3x3_hopper.supports(x, weight, *others)
@@ -204,7 +205,7 @@ def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str |
 
 for _op in "conv3x3", "upsample_conv":
     register(_op, Backend("hopper", partial(_run_hopper, _op), _triton.hopper_available, _hopper_supports),
-             Backend("triton", partial(_run_triton, _op), _triton.available, _gpu_supports),
+             Backend("triton", partial(_run_triton, _op), _triton.available, gpu_supports),
              Backend("cpu", partial(_run_cpu, _op), partial(_cpu_available, _op), _cpu_supports),
              Backend("reference", partial(_run_reference, _op)))
 

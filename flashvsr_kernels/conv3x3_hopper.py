@@ -8,6 +8,8 @@ once for several taps: these are views of the ring, shifted by whole pixels, tha
 two shapes, to fit pictures of any size; both add up in the same order and give the same bits.
   wide    4 x 64 pixels, in rows of 72 (64 and TMA's smallest box of 8): all taps are views of one stage
   square  16 x 16 pixels: a stage serves one column of taps, its rows of 16 pixels stand one behind the other
+With a head, what leaves is not the result but what another 3x3 convolution makes of its pixels: the products
+with each of that one's taps, in planes that somebody adds up.
 What lies outside a picture is read as zeros and not stored. So the border needs no other care, nor do
 pictures that the tiles do not divide, nor input channels that 64 does not divide.
 
@@ -84,28 +86,42 @@ def upsample_conv(x: Tensor, folded: Tensor, relu: bool, out: Tensor | None = No
     return out
 
 
-def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: Tensor | None,
-            residual: Tensor | None, relu: bool) -> None:
-    """weight: (sets * O, taps, channels), a set for each step in time and phase
-    out: (pictures, H, phases in y, W, phases in x * O)
+def tap_planes(x: Tensor, weight: Tensor, head: Tensor, planes: Tensor, first: int) -> None:
+    """Writes what the taps of head, (P, O, 3, 3) with P * 9 at most 32, make of single pixels of relu(conv3x3(x, weight)).
+
+    x: (N, H, W, C), C at most 128    weight: (O, C, 3, 3), O 64 or 128    weight and head: channels last
+    planes: float32 (P * 9, N, rows, W), W a multiple of 4, any strides in front: by head's channel and tap y, x; of
+       the pixels from row `first` on
     """
-    (N, H, W, C), (rows, taps, _), phases = x.shape, weight.shape, out.shape[2]
-    O, side = out.shape[4] // phases, math.isqrt(taps)
+    O = weight.shape[0]
+    taps = weight.permute(0, 2, 3, 1).reshape(O, 9, -1)
+    _launch(x, taps, planes, None, None, None, True, head.permute(0, 2, 3, 1).reshape(-1, O), first)
+
+
+def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: Tensor | None,
+            residual: Tensor | None, relu: bool, head: Tensor | None = None, first: int = 0) -> None:
+    """weight: (sets * O, taps, channels), a set for each step in time and phase
+    out: (pictures, H, phases in y, W, phases in x * O), or planes and first of tap_planes with its head
+    """
+    (N, H, W, C), (rows, taps, _), side = x.shape, weight.shape, math.isqrt(weight.shape[1])
+    O = out.shape[4] // out.shape[2] if head is None else rows
     block = 128 if O % 128 == 0 else 64
     wide = prefers_wide(C if past is None else 2 * C, residual is not None)
     h, w = (4, 64) if wide else (16, 16)
-    across, down = cdiv(W, w), cdiv(H, h)
+    across, down = cdiv(W, w), cdiv(H if head is None else out.shape[2], h)
     tiles = N * down * across * (rows // block)
     # Boxes are powers of two: a stage is filled by them and by 8 pixels to the right or the rows below.
     body, rest = ([1, 1, 64, 64], [1, 1, 8, 64]) if wide else ([1, 16, 16, 64], [1, side - 1, 16, 64])
     pixels = [None if y is None else _descriptor(y, box) for y in (x, past) for box in (body, rest)]
     half = h // 4, w  # 64 pixels, what one wgmma takes
+    box = [1, half[0], 1, half[1], block] if head is None else [32, 1, *half]
     with torch.cuda.device_of(x):
         conv3x3_kernel[lambda _: (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)](
-            *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, [1, half[0], 1, half[1], block]),
-            None if residual is None else _descriptor(residual, [1, *half, block]), bias, tiles,
-            rows // block, O // block, across, down, C, RELU=relu, num_warps=4,
-            **config(wide, side, residual is not None))
+            *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, box),
+            None if residual is None else _descriptor(residual, [1, *half, block]),
+            None if head is None else _descriptor(head, [32, block]), bias, tiles,
+            rows // block, O // block, across, down, C, first, RELU=relu, num_warps=4,
+            **config(wide, side, residual is not None, head is not None))
 
 
 def prefers_wide(channels: int, residual: bool) -> bool:
@@ -115,19 +131,19 @@ def prefers_wide(channels: int, residual: bool) -> bool:
     return channels <= 128 and not residual
 
 
-def config(wide: bool, side: int, residual: bool) -> dict[str, int]:
+def config(wide: bool, side: int, residual: bool, head: bool = False) -> dict[str, int]:
     """The kernel's constants: SIDE of the square of taps, 3 or 2, STAGES of pixels, SLOTS for weights, and
     HALVES of a consumer's pixels that the staging buffer holds.
     """
-    if wide and side == 3:  # 110,592 bytes of pixels leave no room for both 4 slots and a whole buffer
+    if wide and side == 3 and not head:  # 110,592 bytes of pixels leave no room for both 4 slots and a whole buffer
         return dict(SIDE=side, STAGES=2, SLOTS=3 if residual else 4, HALVES=2 if residual else 1)
     return dict(SIDE=side, STAGES=2, SLOTS=4, HALVES=2)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    # x is contiguous, but may have any stride in a dimension of one element; TMA wants it aligned.
-    strides = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
+    # A contiguous x may have any stride in a dimension of one element; TMA wants it aligned.
+    strides = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)] if x.is_contiguous() else list(x.stride())
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), strides, block, layout)
 
@@ -171,8 +187,9 @@ def _fetch_pixels(body, rest, picture, y, x, channel, full, ring, at, SIDE: gl.c
 
 
 @gluon.jit
-def _producer(x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns, panels, across, down, C,
-              x_ring, w_ring, x_full, w_full, SIDE: gl.constexpr, WIDE: gl.constexpr, PAST: gl.constexpr):
+def _producer(x_body, x_rest, past_body, past_rest, weight_desc, head_desc, tiles, columns, panels, across, down, C,
+              first, x_ring, w_ring, head, x_full, w_full, head_full, SIDE: gl.constexpr, WIDE: gl.constexpr,
+              PAST: gl.constexpr, HEAD: gl.constexpr):
     STAGES: gl.constexpr = x_full.shape[0]
     SLOTS: gl.constexpr = w_full.shape[0]
     STAGE: gl.constexpr = x_ring.shape[0] // STAGES
@@ -184,9 +201,12 @@ def _producer(x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns,
         chunks = 2 * own
     stages = 0
     slots = 0
+    if HEAD:
+        mbarrier.expect(head_full.index(0), 32 * BLOCK * 2)
+        _load(head_desc, [0, 0], head_full.index(0), head)
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         column, of_set, picture, y, x = _tile(t, columns, panels, across, down, WIDE)
-        y -= 1
+        y += first - 1
         x -= 1
         if SIDE == 2:
             y += of_set >> 1 & 1
@@ -218,8 +238,8 @@ def _producer(x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns,
 
 @gluon.jit
 def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks,
-              x_ring, w_ring, staging, x_full, w_full, residual_full, SIDE: gl.constexpr, WIDE: gl.constexpr,
-              BIAS: gl.constexpr, RESIDUAL: gl.constexpr, RELU: gl.constexpr):
+              x_ring, w_ring, head, staging, x_full, w_full, head_full, residual_full, SIDE: gl.constexpr,
+              WIDE: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, HEAD: gl.constexpr, RELU: gl.constexpr):
     STAGES: gl.constexpr = x_full.shape[0]
     SLOTS: gl.constexpr = w_full.shape[0]
     STAGE: gl.constexpr = x_ring.shape[0] // STAGES
@@ -230,6 +250,7 @@ def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, pa
     ROWS: gl.constexpr = 1 if WIDE else 4       # of a half, 64 pixels
     PIXELS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    PLANES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     stages = 0
     slots = 0
     served = 0
@@ -292,29 +313,44 @@ def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, pa
                 _meet()
             if RELU:
                 b_out = gl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if HEAD:
+                mbarrier.wait(head_full.index(0), 0)  # complete for good once it has come
+                b_hidden = gl.convert_layout(b_out.to(x_ring.dtype), gl.DotOperandLayout(0, PLANES, 2))
+                b_out = warpgroup_mma(b_hidden, head.permute((1, 0)), gl.full([64, 32], 0.0, gl.float32, PLANES),
+                                      is_async=True)
+                b_out = warpgroup_mma_wait(0, deps=[b_out]).permute((1, 0))
             half.store(b_out.to(half.dtype))
             fence_async_shared()
             _meet()
-            _store(out_desc, [picture, y + h * ROWS, phase, x, channel],
-                   half._reinterpret(out_desc.dtype, out_desc.block_shape, out_desc.layout))
+            of_half = half._reinterpret(out_desc.dtype, out_desc.block_shape, out_desc.layout)
+            if HEAD:
+                _store(out_desc, [0, picture, y + h * ROWS, x], of_half)
+            else:
+                _store(out_desc, [picture, y + h * ROWS, phase, x, channel], of_half)
         served += 1
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles", "columns", "panels", "across", "down", "C"])
-def conv3x3_kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, residual_desc, bias, tiles, columns,
-                   panels, across, down, C, SIDE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-                   HALVES: gl.constexpr, RELU: gl.constexpr):
+@gluon.jit(do_not_specialize=["tiles", "columns", "panels", "across", "down", "C", "first"])
+def conv3x3_kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, residual_desc, head_desc, bias, tiles,
+                   columns, panels, across, down, C, first, SIDE: gl.constexpr, STAGES: gl.constexpr,
+                   SLOTS: gl.constexpr, HALVES: gl.constexpr, RELU: gl.constexpr):
     PAST: gl.constexpr = past_body is not None
     RESIDUAL: gl.constexpr = residual_desc is not None
+    HEAD: gl.constexpr = head_desc is not None
     BIAS: gl.constexpr = bias is not None
     BLOCK: gl.constexpr = weight_desc.block_shape[0]
-    WIDE: gl.constexpr = out_desc.block_shape[1] == 1
+    WIDE: gl.constexpr = x_body.block_shape[1] == 1
     STAGE: gl.constexpr = (SIDE + 3) * 72 if WIDE else (SIDE + 15) * 16
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_ring = gl.allocate_shared_memory(x_body.dtype, [STAGES * STAGE, 1, 64], SWIZZLED)
     w_ring = gl.allocate_shared_memory(x_body.dtype, [SLOTS, BLOCK, 1, 64], weight_desc.layout)
-    staging = gl.allocate_shared_memory(x_body.dtype, [2 * HALVES, 64, BLOCK], SWIZZLED)
+    if HEAD:
+        head = gl.allocate_shared_memory(x_body.dtype, [32, BLOCK], head_desc.layout)
+        staging = gl.allocate_shared_memory(gl.float32, [2 * HALVES, 32, 64], gl.NVMMASharedLayout(128, 32, 2))
+    else:
+        head = w_ring
+        staging = gl.allocate_shared_memory(x_body.dtype, [2 * HALVES, 64, BLOCK], SWIZZLED)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -333,14 +369,19 @@ def conv3x3_kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, 
             mbarrier.init(residual_full.index(i), count=1)
     else:
         residual_desc, residual_full = out_desc, x_full
+    if HEAD:
+        head_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(head_full.index(0), count=1)
+    else:
+        head_desc, head_full = out_desc, x_full
     if not BIAS:
         bias = C
     fence_async_shared()
     gl.warp_specialize([
-        (_consumer, (0, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring,
-                     w_ring, staging, x_full, w_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, RELU)),
-        (_consumer, (1, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring,
-                     w_ring, staging, x_full, w_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, RELU)),
-        (_producer, (x_body, x_rest, past_body, past_rest, weight_desc, tiles, columns, panels, across, down,
-                     C, x_ring, w_ring, x_full, w_full, SIDE, WIDE, PAST)),
+        (_consumer, (0, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring, w_ring,
+                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, HEAD, RELU)),
+        (_consumer, (1, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring, w_ring,
+                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, HEAD, RELU)),
+        (_producer, (x_body, x_rest, past_body, past_rest, weight_desc, head_desc, tiles, columns, panels, across,
+                     down, C, first, x_ring, w_ring, head, x_full, w_full, head_full, SIDE, WIDE, PAST, HEAD)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

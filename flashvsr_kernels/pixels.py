@@ -89,14 +89,20 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, *, box: Box | None = None,
         raise ValueError("x, weight and bias must be on one device, "
                          f"got {x.device}, {weight.device} and {bias.device}")
     H, W = x.shape[1:3]
-    top, left, height, width = box = (0, 0, H, W) if box is None else box
+    box = (0, 0, H, W) if box is None else box
+    check_part(box, H, W, out_dtype)
+    call = x, weight, bias, box, out_dtype or x.dtype, return_moments, backend
+    rgb, moments = torch.ops.flashvsr.rgb_conv(*call)
+    return (rgb, moments) if return_moments else rgb
+
+
+def check_part(box: Box, H: int, W: int, out_dtype: torch.dtype | None) -> None:
+    """Raises ValueError if rgb_conv cannot give this part of a result of H x W in this dtype."""
+    top, left, height, width = box
     if min(top, left, height - 1, width - 1) < 0 or top + height > H or left + width > W:
         raise ValueError(f"box must be (top, left, height, width) inside {H}x{W}, got {tuple(box)}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be floating or None, got {out_dtype}")
-    call = x, weight, bias, box, out_dtype or x.dtype, return_moments, backend
-    rgb, moments = torch.ops.flashvsr.rgb_conv(*call)
-    return (rgb, moments) if return_moments else rgb
 
 
 def color_moments(frames: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(frames):
             _enlarge[(tiles, h, T)](frames, reference.bicubic_taps(frames.device), out, parts,
                                     *frames.stride(), h, w, N=ENLARGED, num_warps=4)
-    return out, _means(parts, 16 * h * w, 255)
+    return out, means(parts, 16 * h * w, 255)
 
 
 def pixel_unshuffle(frames: Tensor, size: int, out: Tensor) -> None:
@@ -75,7 +75,7 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype:
                 x, weight, bias, out, parts, *x.stride()[:3], *weight.stride(), *bias.stride(), H, W, top,
                 left, height, width, C, rows, K=chosen["channels"], P=chosen["width"],
                 num_warps=chosen["num_warps"], num_stages=chosen["num_stages"])
-    return out, _means(parts if moments else parts[:0], height * width, 1)
+    return out, means(parts if moments else parts[:0], height * width, 1)
 
 
 def strip(height: int, tiles: int, device: torch.device) -> int:
@@ -105,7 +105,7 @@ def adain_uint8(rgb: Tensor, moments: Tensor, source_moments: Tensor, out_dtype:
     return out
 
 
-def _means(parts: Tensor, pixels: int, unit: int) -> Tensor:
+def means(parts: Tensor, pixels: int, unit: int) -> Tensor:
     """Moments (N, 2, 3) from sums (N, parts, 6) of unit * y and of its square, three channels each."""
     N, count, _ = parts.shape
     out = torch.empty((N, 2, 3), dtype=torch.float64, device=parts.device)

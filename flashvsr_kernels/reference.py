@@ -284,6 +284,12 @@ def part_and_moments(rgb: Tensor, box: Sequence[int], out_dtype: torch.dtype,
     return rgb, color_moments(2 * rgb[:len(rgb) if moments else 0].double() - 1)
 
 
+def rgb_head(x: Tensor, folded: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, box: Sequence[int],
+             out_dtype: torch.dtype, moments: bool = True) -> tuple[Tensor, Tensor]:
+    y = conv3x3(upsample_conv(x, folded, True), hidden, None, None, None, True)
+    return rgb_conv(y, weight, bias, box, out_dtype, moments)
+
+
 def color_moments(frames: Tensor) -> Tensor:
     y = frames.double()
     return torch.stack([y.mean((1, 2)), y.square().mean((1, 2))], 1)

@@ -19,6 +19,9 @@ class ChunkGraphs:
         self._pool = None
         self._result: Tensor | None = None
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
     def run(self, key: Hashable, compute: Callable[..., list[Tensor]], *inputs: Tensor) -> Tensor:
         """torch.cat(compute(*inputs)), recorded at the first call with the key. Whatever else compute reads or writes
         must stay where it is, and compute must have run before: what is compiled or allocated once cannot be

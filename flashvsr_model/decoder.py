@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from flashvsr_kernels import conv3x3, pixel_unshuffle, rgb_conv, upsample_conv
+from flashvsr_kernels import conv3x3, pixel_unshuffle, rgb_head, upsample_conv
 
 from .config import LATENT_FRAMES, FlashVSRConfig
 from .dit import weight
@@ -95,31 +95,7 @@ class Decoder(nn.Module):
             for x in second.grown(x, memory[1], memory[2]):
                 x = third(x, memory[2])
                 for step in third.folded.split(1):
-                    yield self._frame(x, step, box or (0, 0, 8 * h, 8 * w))
-
-    def _frame(self, x: Tensor, step: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
-        """The last stage's growth by one of its steps and the convolutions behind it, to a frame and its moments: a third
-        of the rows after the other, for what is in between would take most of the memory. Of several pictures a part of
-        the rows is not contiguous, so they are taken whole.
-        """
-        (B, h), (top, _, height, _) = x.shape[:2], box
-        size = -(-2 * h // 3) if B == 1 else 2 * h
-        bands = [(max(top, row), min(row + size, top + height)) for row in range(0, 2 * h, size)]
-        frames, moments, rows = zip(*(self._rows(x, step, box, first, end) for first, end in bands if first < end))
-        if not self.moments:
-            return torch.cat(frames, 1), None
-        mean = moments[0] * (rows[0] / height)
-        for its_moments, its_rows in zip(moments[1:], rows[1:]):
-            mean.add_(its_moments, alpha=its_rows / height)
-        return torch.cat(frames, 1), mean
-
-    def _rows(self, x: Tensor, step: Tensor, box: tuple[int, int, int, int], first: int,
-              end: int) -> tuple[Tensor, Tensor | None, int]:
-        """Rows first to end of a frame, their moments, and how many they are."""
-        above, below = max(0, first - 2), min(2 * x.shape[1], end + 2)   # of full size: two convolutions look beyond
-        start, stop = max(0, above // 2 - 1), (below + 1) // 2 + 1       # of x, as does that which enlarges it
-        y = upsample_conv(x[:, start:stop], step, relu=True)
-        y = conv3x3(y[:, above - 2 * start:below - 2 * start], self.out1_weight, relu=True)
-        last = rgb_conv(y, self.out2_weight, self.out2_bias, box=(first - above, box[1], end - first, box[3]),
-                        out_dtype=torch.promote_types(y.dtype, torch.float32), return_moments=self.moments)
-        return *(last if self.moments else (last, None)), end - first
+                    frame = rgb_head(x, step, self.out1_weight, self.out2_weight, self.out2_bias, box=box,
+                                     out_dtype=torch.promote_types(x.dtype, torch.float32),
+                                     return_moments=self.moments)
+                    yield frame if self.moments else (frame, None)

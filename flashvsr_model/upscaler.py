@@ -246,8 +246,9 @@ class StreamingUpscaler:
         frames = self._upload(frames)
         noise, times = self._begin(state, 1)
         state.torn = True
-        if state.graphs is not None and state.chunk > 1:  # the steady chunk before has compiled what it needs
-            key = state.kv.first, frames.dtype
+        key = state.kv.first, state.kv.filled, frames.dtype
+        # The first steady chunk of all compiles what the others need: only these can be recorded.
+        if state.graphs is not None and state.chunk and (state.chunk > 1 or key in state.graphs):
             done = state.graphs.run(key, partial(self._compute, state), frames, noise, times)
         else:
             done = torch.cat(self._compute(state, frames, noise, times))

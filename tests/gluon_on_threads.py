@@ -183,7 +183,8 @@ def _mma(a, b, acc, is_async):
     acc.running += 1
 
     def multiply():
-        acc.value += a.values().float() @ b.values().float()
+        left = a.values() if isinstance(a, Shared) else a  # or registers
+        acc.value += left.float() @ b.values().float()
         acc.running -= 1
     if _program().late == "copies":
         multiply()
@@ -275,9 +276,9 @@ LANGUAGE = types.SimpleNamespace(
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), where=lambda c, a, b: a if c else b,
     load=lambda pointer: pointer.elements[pointer.offset], maximum=lambda a, b, propagate_nan: a.clamp(min=b),
-    allocate_shared_memory=_allocate, warp_specialize=_specialize,
+    convert_layout=lambda x, layout: x, allocate_shared_memory=_allocate, warp_specialize=_specialize,
     inline_asm_elementwise=lambda asm, constraints, arguments, **_: _program().bar(asm, *arguments),
-    **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "SliceLayout")})
+    **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")})
 STAND_INS = [
     (gl, LANGUAGE), (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma, _mma),
     (hopper.warpgroup_mma_wait, _mma_wait), (getattr(gl, "thread_barrier", None) or gl.barrier, _meet),

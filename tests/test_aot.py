@@ -46,7 +46,8 @@ def test_every_op_has_kernels(found, arch):
 
 @pytest.mark.parametrize("launch, names", [("hopper", {"forward_kernel", "dkv_kernel", "dq_kernel"}),
                                            ("hopper backward", {"dkv_kernel", "dq_kernel"}),
-                                           ("hopper conv3x3", {"conv3x3_kernel"}), ("hopper conv3d", {"conv3d_kernel"})])
+                                           ("hopper conv3x3", {"conv3x3_kernel"}), ("hopper rgb_head", {"conv3x3_kernel"}),
+                                           ("hopper conv3d", {"conv3d_kernel"})])
 def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
     used = [one for one in kernels(found, 90, launch) if one.name in names]
     assert {one.name for one in used} == names

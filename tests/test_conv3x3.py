@@ -190,8 +190,9 @@ def test_compiles_to_one_graph(placed):
     for run in torch.compile(block, fullgraph=True), block:
         out = run(x, weight, options, grow)
         results.append((out, *torch.autograd.grad(out, leaves, grad)))
-    tolerance = 5e-2 if placed["dtype"] == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
+    tolerance = 2e-2 if placed["dtype"] == torch.bfloat16 else 1e-5
+    for compiled, plain in zip(*results):  # as a whole: single elements may be differences of large ones
+        assert (compiled - plain).float().norm() <= tolerance * plain.float().norm()
 
 
 def test_compiles_once_for_all_sizes():

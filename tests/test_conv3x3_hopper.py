@@ -177,6 +177,7 @@ MISTAKES = {
     "a store's source overwritten": ("elif h == 0 or HALVES == 1:\n                tma.store_wait(0)",
                                      "elif h == 0 or HALVES == 1:\n                pass"),
     "weights read before they are there": ("mbarrier.wait(w_full.index(slot), slots // SLOTS & 1)", "pass"),
+    "a head read before it is there": ("mbarrier.wait(head_full.index(0), 0)", "pass"),
     "residual's phase": ("served & 1", "1 - served & 1"),
     "another view": ("(W * 2 * ROWS + j % SIDE) * PITCH", "(W * 2 * ROWS + j // SIDE) * PITCH")}
 
@@ -193,10 +194,18 @@ def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     mistaken = importlib.import_module("mistaken_conv3x3")
     launchers = [Launcher(mistaken, "conv3x3_kernel", late) for late in ("products", "copies")]
     call, found = make("cpu", 1, 33, 66, 64, 64), []
-    for launcher, residual in product(launchers, (None, call[4])):
+    head, planes = (torch.randn(3, 64, 3, 3) / 8).to(BF16, memory_format=torch.channels_last), torch.empty(27, 1, 32, 64)
+    x, weight = call[0][:, :32, :64].contiguous(), call[1][:, :64].contiguous(memory_format=torch.channels_last)
+    hidden = reference.conv3x3(x, weight, None, None, None, True)
+    of_head = torch.einsum("nhwc,ocyx->oyxnhw", hidden, head).flatten(0, 2).float()
+    for launcher, residual in product(launchers, (None, call[4], "head")):
         monkeypatch.setattr(mistaken, "conv3x3_kernel", launcher)
         try:
-            out, wanted = (op.conv3x3(*call[:4], residual, True) for op in (mistaken, reference))
+            if isinstance(residual, str):
+                mistaken.tap_planes(x, weight, head, planes, 0)
+                out, wanted = planes, of_head
+            else:
+                out, wanted = (op.conv3x3(*call[:4], residual, True) for op in (mistaken, reference))
             found.append(not torch.allclose(out, wanted, atol=0.05, rtol=0.02))
         except (AssertionError, RuntimeError):
             found.append(True)
@@ -221,22 +230,26 @@ def test_784_channels_are_supported():
 
 
 def launches():
-    """Of each kernel that real shapes need: name, whether wide, taps, channels, whether residual, call."""
+    """Of each kernel that real shapes need: name, whether wide, taps, channels, whether residual, whether head, call."""
     for name in "A", "A + residual", "B past", "C", "C past", "first":
         N, H, W, C, O, past, residual = REAL[name]
         x, out = (meta(BF16, N, H, W, channels) for channels in (C, O))
         weight = meta(BF16, O, 3, 3, 2 * C if past else C).permute(0, 3, 1, 2)
-        yield (name, conv3x3_hopper.prefers_wide(2 * C if past else C, residual), 3, 128, residual,
+        yield (name, conv3x3_hopper.prefers_wide(2 * C if past else C, residual), 3, 128, residual, False,
                partial(conv3x3_hopper.conv3x3, x, weight, meta(BF16, O), x if past else None,
                        out if residual else None, True))
     x, weight = meta(FP16, 2, 90, 160, 112), meta(FP16, 64, 3, 3, 224)
-    yield ("112 to 64", False, 3, 64, False,
+    yield ("112 to 64", False, 3, 64, False, False,
            partial(conv3x3_hopper.conv3x3, x, weight.permute(0, 3, 1, 2), None, x, None, False))
     for name in "1", "3":
         N, H, W, C, O, T = FOLDED[name]
         x, folded = (meta(FP16, *shape) for shape in ((N, H, W, C), (T, 2, 2, O, 2, 2, C)))
-        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(C, False), 2, 128, False,
+        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(C, False), 2, 128, False, False,
                partial(conv3x3_hopper.upsample_conv, x, folded, True))
+    for E in 128, 64:
+        x, planes = meta(BF16, 1, 768, 1408, 128), meta(torch.float32, 27, 1, 768, 1408)
+        weight, head = (meta(BF16, O, 3, 3, C).permute(0, 3, 1, 2) for O, C in ((E, 128), (3, E)))
+        yield f"head {E}", True, 3, E, False, True, partial(conv3x3_hopper.tap_planes, x, weight, head, planes, 0)
 
 
 def compile_launches():
@@ -270,13 +283,14 @@ def test_compiled_without_a_gpu():
     program = "from tests.test_conv3x3_hopper import compile_launches; compile_launches()"
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout
-    for line, (name, is_wide, side, block, residual, _) in zip(told.splitlines(), launches(), strict=True):
+    for line, (name, is_wide, side, block, residual, head, _) in zip(told.splitlines(), launches(), strict=True):
         problems, instructions, shared, barriers = json.loads(line)
         assert not problems and set(instructions) == {"wgmma", "tma"}, name
-        chosen = conv3x3_hopper.config(is_wide, side, residual)
+        chosen = conv3x3_hopper.config(is_wide, side, residual, head)
         stage = (side + 3) * 72 if is_wide else (side + 15) * 16
-        data = 128 * (chosen["STAGES"] * stage + chosen["SLOTS"] * block + chosen["HALVES"] * 2 * block)
-        assert len(set(barriers)) == chosen["STAGES"] + chosen["SLOTS"] + 2 * residual, name
+        staging = 2 * 64 * 32 * 4 if head else 2 * 64 * block * 2
+        data = 128 * (chosen["STAGES"] * stage + chosen["SLOTS"] * block) + chosen["HALVES"] * staging + head * 64 * block
+        assert len(set(barriers)) == chosen["STAGES"] + chosen["SLOTS"] + 2 * residual + head, name
         assert all(data <= barrier <= shared - 8 for barrier in barriers), name
 
 

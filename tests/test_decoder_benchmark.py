@@ -85,7 +85,8 @@ def test_one_backend_is_preferred_and_what_ran_is_told():
     with torch.no_grad():
         assert decoder_stages.used(work.ours("reference")) == {
             "pixel_unshuffle reference": 2, "conv3x3 reference": 2 * (2 + 9 + 9 + 2 * 9 + 4 * 3),
-            "upsample_conv reference": 2 * (1 + 2 + 4 * 3), "rgb_conv reference": 8 * 3, "adain_uint8 reference": 8}
+            "upsample_conv reference": 2 * (1 + 2 + 4 * 3), "rgb_conv reference": 8 * 3, "rgb_head apart": 8,
+            "adain_uint8 reference": 8}
     assert dict(_tables) == before
 
 
