@@ -63,14 +63,16 @@ def test_any_mask(device, shape, density, seed):
 @pytest.mark.parametrize("shape", [(1, 12, 66, 264), (1, 2, 200, 33), (1, 1, 3, 1100), (2, 5, 0, 7),
                                    (1, 2, 3, 0)], ids=lambda shape: "x".join(map(str, shape)))
 def test_real_and_odd_shapes(device, shape):
-    check_lists(torch.rand(shape, device=device) < 0.45)
+    """Interpreted, the real one with four heads: the ranks of one group, which take two rounds."""
+    B, H, *blocks = shape
+    check_lists(torch.rand(B, H if device == "cuda" else min(H, 4), *blocks, device=device) < 0.45)
 
 
 @on_each_device
 def test_strided_mask(device):
     dense = torch.rand(3, 10, 70, 4, device=device) < 0.45
     check_lists(dense.permute(3, 0, 1, 2)[:, 1:, ::3, 5:])
-    check_lists(dense[:1].expand(2, -1, -1, -1))
+    check_lists(dense[:1, :4].expand(2, -1, -1, -1))  # three groups of ranks
 
 
 def make(B, H, D, rows, cols, window, slices, seen, topk, dtype, device, exact=False):
