@@ -21,9 +21,16 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)
 demo: $(READY)
 	$(RUN) -m flashvsr_model demo
 
+# The interpreted kernels' tests have a process of their own, beside the others: both keep to one core mostly.
 test: $(VENV)/triton
+ifdef ARGS
 	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
-	$(if $(ARGS),,$(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret)
+else
+	$(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
+	  trap "kill $$interpreted 2>/dev/null || true" EXIT; failed=0; \
+	  $(TEST_ENV) $(RUN) -m pytest || failed=1; \
+	  wait $$interpreted || failed=1; cat $(VENV)/interpreted.log; exit $$failed
+endif
 
 bench: $(VENV)/triton
 	$(RUN) -m benchmarks.bench_attention $(ARGS)
