@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from flashvsr_kernels import aot
+
 from . import (bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
                upscaler_stream)
 from .bench_attention import BACKENDS, line, run, save
@@ -26,6 +28,7 @@ from .cases import Case, grid
 from .peers import OURS
 from .static_facts import gate_static, static_facts
 
+PARTS = ("ratios", "decoder", "upscaler", "static")
 RESULTS = Path(__file__).parent / "results"
 Ratios = Callable[[str, float], tuple[dict[str, float], list[str]]]
 # A ratio within a run repeats within 3 % on one H100, between cards of one name by a little more; 8 % is
@@ -129,13 +132,13 @@ def check_ratios(ratios: Ratios, device: str, seconds: float, path: Path, record
     return wrong
 
 
-def check_static(path: Path, update: bool) -> list[str]:
-    """Compiles, and gates or records; what is worse, one line each."""
+def check_static(path: Path, update: bool, compiled: list[aot.Kernel | aot.Failure] | None = None) -> list[str]:
+    """Compiles for ARCHS unless that is given, and gates or records; what is worse, one line each."""
     triton = versions()["triton"]
     if triton == "not installed":
         print("check: Triton is not installed (pip install 'triton>=3.6'): its kernels were not compiled")
         return []
-    found = static_facts(ARCHS)
+    found = static_facts(aot.compiled(list(ARCHS)) if compiled is None else compiled)
     if update:
         save(path, {"triton": triton, "facts": found})
         print(f"check: recorded the facts of {len(found)} kernels")
@@ -151,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="record figures instead of gating")
     parser.add_argument("--commit", default=machine.commit(), help="to record, where there is no git")
-    parser.add_argument("--part", choices=("ratios", "decoder", "upscaler", "static"), help="one gate alone: "
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="some gates alone: "
                         "ratios of attention, the decoder, the whole model, or the compilers' facts")
     parser.add_argument("--baseline", type=Path, default=RESULTS / "attention_ratios.json")
     parser.add_argument("--decoder-baseline", type=Path, default=RESULTS / "decoder_ratios.json")
@@ -161,15 +164,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     worse = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and args.part != "static":
+    if device == "cpu" and args.part != ["static"]:
         torch.set_num_threads(1)
     record = args.commit if args.update else None
     for part, measured, path in (("ratios", ratios, args.baseline),
                                  ("decoder", decoder_ratios, args.decoder_baseline),
                                  ("upscaler", upscaler_ratios, args.upscaler_baseline)):
-        if args.part in (None, part):
+        if part in args.part:
             worse += check_ratios(measured, device, args.seconds, path, record)
-    if args.part in (None, "static"):
+    if "static" in args.part:
         worse += check_static(args.static, args.update)
     for one in worse:
         print(f"check: WORSE: {one}")

@@ -1,31 +1,23 @@
 """What the compilers made of the Triton and Gluon kernels, for machines with no GPU to time them on."""
-import json
-import subprocess
-import sys
+from flashvsr_kernels import aot
 
 FACTS = ("threads", "registers", "stack", "spilled", "shared", "instructions", "serialized")
 MORE_REGISTERS = 8  # a thread's registers are handed out in eights
 
 
-def static_facts(archs: tuple[int, ...]) -> dict[str, dict]:
-    """The FACTS of each kernel by "sm_ARCH/launch/kernel", compiled now by flashvsr_kernels.aot.
+def static_facts(found: list[aot.Kernel | aot.Failure]) -> dict[str, dict]:
+    """The FACTS of each kernel that aot.compiled found, by "sm_ARCH/launch/kernel".
 
-    A launch that does not compile has one entry, {"message": why}. Raises RuntimeError if nothing compiles
-    here, for one because Triton is not installed.
+    A launch that does not compile has one entry, {"message": why}.
     """
-    command = [sys.executable, "-m", "flashvsr_kernels.aot", "--json", "--arch", *map(str, archs)]
-    told = subprocess.run(command, capture_output=True, text=True)
-    try:
-        found = json.loads(told.stdout)
-    except json.JSONDecodeError:
-        raise RuntimeError(f"flashvsr_kernels.aot gave no facts: {told.stderr.strip()[-400:]}") from None
     facts: dict[str, dict] = {}
-    for kernel in found:
-        key, again = f"sm_{kernel['arch']}/{kernel['launch']}/{kernel.get('name', 'failed')}", 1
+    for one in found:
+        compiled = isinstance(one, aot.Kernel)
+        key, again = f"sm_{one.arch}/{one.launch}/{one.name if compiled else 'failed'}", 1
         while key in facts:  # one launch may compile a kernel with several constants
             again += 1
             key = key.split("#")[0] + f"#{again}"
-        facts[key] = {fact: kernel[fact] for fact in (FACTS if "name" in kernel else ("message",))}
+        facts[key] = {fact: getattr(one, fact) for fact in (FACTS if compiled else ("message",))}
     return facts
 
 

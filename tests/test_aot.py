@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import check
 from flashvsr_kernels import _triton, aot
 
 triton = pytest.importorskip("triton")
@@ -42,6 +43,12 @@ def test_every_op_has_kernels(found, arch):
                                 "enlarge", "pixel_unshuffle", "rgb_conv", "adain_uint8", "rms_norm",
                                 "layer_norm_modulate", "gated_add", "gated_add_norm", "qk_norm_rope", "qkv_norm_rope"}
     assert ("hopper" in ops) == (arch == 90)
+
+
+def test_nothing_compiles_to_worse_than_committed(found):
+    """The gate of benchmarks.check --part static, on what is compiled already."""
+    compiled = [one for one in found if one.arch in check.ARCHS]
+    assert check.check_static(check.RESULTS / "static.json", False, compiled) == []
 
 
 @pytest.mark.parametrize("launch, names", [("hopper", {"forward_kernel", "dkv_kernel", "dq_kernel"}),
