@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_I
 
 @pytest.fixture(scope="module")
 def found():
-    """About a minute of two processors."""
+    """About five minutes of two processors."""
     return aot.compiled(list(aot.SHARED))
 
 
