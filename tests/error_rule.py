@@ -24,7 +24,12 @@ def check_gradients(gradients, grad, q, k, v, mask, scale=None):
 
 
 def check(ours, native, exact, name="out"):
-    """Maximum and RMS error each at most twice those of native, plain PyTorch's at the same dtype, + 1e-5."""
+    """Maximum and RMS error each at most twice those of native, plain PyTorch's at the same dtype, + 1e-5.
+
+    What rounding the exact result to ours' dtype may cost is always allowed: where there are few values, native may
+    have hit them all by luck.
+    """
+    rounding = torch.finfo(ours.dtype).eps / 2 * exact.abs()
     ours, native = ((x.double() - exact).abs() for x in (ours, native))
-    assert ours.max() <= 2 * native.max() + 1e-5, name
-    assert ours.square().mean().sqrt() <= 2 * native.square().mean().sqrt() + 1e-5, name
+    for size in torch.Tensor.max, lambda error: error.square().mean().sqrt():
+        assert size(ours) <= max(2 * size(native), size(rounding)) + 1e-5, name
