@@ -146,19 +146,13 @@ def floor(config: FlashVSRConfig, g: Geometry, itemsize: int = 2) -> list[tuple[
     """Name, FLOP and bytes of what one steady chunk cannot do without. The floor is the sum of their times.
 
     Bytes count where there is no matrix product to hide them: the norms' as in parts; of enlarged pictures,
-    and of those of 8 bits, made from float32; and of the decoder's last convolution, to 3 channels, whose
-    FLOP do not count in return. Masks and all that is not here should cost nothing.
+    and of those of 8 bits, made from float32. Masks and all that is not here should cost nothing.
     itemsize: bytes of the model's numbers
     """
-    inside = SLICE_FRAMES * g.padded_height * g.padded_width
     pixels = SLICE_FRAMES * SCALE ** 2 * g.height * g.width
-    last, found = config.decoder_channels[3], [("enlargement", 0.0, pixels * 3 * (1 + 1 / SCALE ** 2))]
-    for name, flop, size in parts(config, g.padded_height, g.padded_width):
-        if name == "decoder":
-            found.append((name, flop - 2 * 9 * last * 3 * inside, inside * itemsize * last + pixels * 3 * 4))
-        else:
-            found.append((name, flop, 0.0) if flop else (name, 0.0, size * itemsize / 2))
-    return found + [("colour", 0.0, pixels * 3 * (4 + 1))]
+    found = [(name, flop, 0.0) if flop else (name, 0.0, size * itemsize / 2)
+             for name, flop, size in parts(config, g.padded_height, g.padded_width)]
+    return [("enlargement", 0.0, pixels * 3 * (1 + 1 / SCALE ** 2)), *found, ("colour", 0.0, pixels * 3 * (4 + 1))]
 
 
 def report(gpu: Gpu, rows: dict[str, dict]) -> list[str]:

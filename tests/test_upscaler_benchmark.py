@@ -44,7 +44,7 @@ def test_floor_is_what_is_known_of_the_official_model():
     expected = {"enlargement": (0, pixels * (3 + 3 / 16)), "linears": (21.128, 0),
                 "sparse attention": (23.915, 0), "cross attention": (.797, 0),
                 "norms, rotation, gates": (0, 30 * 8448 * 1536 * 2 * 14 / 1e9), "LQ projector": (5.82, 0),
-                "decoder": (12.227 - .0598, pixels * (2 * 128 + 3 * 4)), "colour": (0, pixels * 3 * (4 + 1))}
+                "decoder": (12.227, 0), "colour": (0, pixels * 3 * (4 + 1))}
     assert list(found) == list(expected)
     for name, parts in expected.items():
         assert found[name] == pytest.approx(parts, rel=1e-3), name
@@ -63,12 +63,17 @@ def test_floor_counts_what_the_model_calls():
 
     def taps(done, x, weight, *_):
         return done.numel() * weight[0].numel()
+    def head(done, x, folded, hidden, *_):
+        """done: a tensor, or it and moments"""
+        (rgb, *_), (E, D) = (done if isinstance(done, tuple) else (done,)), hidden.shape[:2]
+        return rgb[..., 0].numel() * (4 * x.shape[-1] * D + 9 * D * E + 9 * E * 3)
     counts = {
         (dit, "linear_gelu", "linears"): linear,
         (dit, "sparse_attn", "sparse attention"): lambda done, q, k, v, mask:
             2 * 128 * 128 * q.shape[-1] * mask.count.sum().item(),
         (decoder, "conv3x3", "decoder"): taps, (lq_proj, "causal_conv3d", "LQ projector"): taps,
-        (decoder, "upsample_conv", "decoder"): lambda done, x, *_: done.numel() * 4 * x.shape[-1]}
+        (decoder, "upsample_conv", "decoder"): lambda done, x, *_: done.numel() * 4 * x.shape[-1],
+        (decoder, "rgb_head", "decoder"): head}
 
     def counting(part, call, count):
         def run(*given, **options):
@@ -89,8 +94,6 @@ def test_floor_counts_what_the_model_calls():
     known = {name: flop for name, flop, _ in roofline.floor(case.config, case.geometry, 4) if flop}
     # The budget of the official code is of scores above the one at its rank: one block may be left out.
     assert found.pop("sparse attention") == pytest.approx(known.pop("sparse attention"), rel=.1)
-    # Where the parts of a full-size picture meet some rows are made twice: the fewer of all, the larger it is.
-    assert 1 <= found.pop("decoder") / known.pop("decoder") < 1.02
     assert found == pytest.approx(known)
 
 
@@ -180,6 +183,9 @@ class Event:
 class Graphs:
     """Computes where ChunkGraphs replays."""
     seconds, runs = .5, 0
+
+    def __contains__(self, key):
+        return False
 
     def run(self, key, compute, *inputs):
         Graphs.runs += 1
