@@ -1,4 +1,5 @@
 """Whether Triton kernels can run here."""
+import functools
 import importlib.util
 
 import torch
@@ -9,13 +10,24 @@ PROCESSORS = 132  # multiprocessors that work is shared out for where there is n
 
 def available() -> str | None:
     """None if Triton kernels can run on this machine's current GPU, else the reason in one line."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed (pip install 'triton>=3.6')"
     if not torch.cuda.is_available():
         return "no CUDA device, or this torch is built without CUDA"
     if capability() < 80:
         return f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
-    import triton  # last: it takes a second
+    return _too_old()  # last: it takes a second
+
+
+# Asked at each call of an op.
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _too_old() -> str | None:
+    import triton
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < OLDEST:
         return f"needs Triton 3.6, here is {triton.__version__}"
     return None
@@ -36,7 +48,10 @@ def capability() -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; PROCESSORS of any other device."""
-    if device.type != "cuda":
-        return PROCESSORS
+    """Multiprocessors of a GPU, a device with its index; PROCESSORS of any other device."""
+    return _processors(device) if device.type == "cuda" else PROCESSORS
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

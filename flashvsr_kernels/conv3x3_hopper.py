@@ -25,6 +25,7 @@ Who may touch what, when:
   Every mbarrier that is initialised is used to the end: Triton gives the memory of others to the rings, and
   PTX leaves undefined what a living mbarrier does in memory that has another use.
 """
+import functools
 import math
 
 import torch
@@ -36,6 +37,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ._triton import processors
 
 CONSUMER_REGISTERS = gl.constexpr(232)   # of a thread; 65536 in all
 PRODUCER_REGISTERS = gl.constexpr(40)    # with 24 it spills
@@ -116,7 +119,7 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: T
     half = h // 4, w  # 64 pixels, what one wgmma takes
     box = [1, half[0], 1, half[1], block] if head is None else [32, 1, *half]
     with torch.cuda.device_of(x):
-        conv3x3_kernel[lambda _: (min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count),)](
+        conv3x3_kernel[(min(tiles, processors(x.device)),)](
             *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, box),
             None if residual is None else _descriptor(residual, [1, *half, block]),
             None if head is None else _descriptor(head, [32, block]), bias, tiles,
@@ -144,8 +147,12 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
     # A contiguous x may have any stride in a dimension of one element; TMA wants it aligned.
     strides = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)] if x.is_contiguous() else list(x.stride())
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), strides, block, layout)
+    return TensorDescriptor(x, list(x.shape), strides, block, _layout(dtype, *block))
+
+
+@functools.cache  # a third of the time that a descriptor takes, and a first chunk has 1,800
+def _layout(dtype: gl.dtype, *block: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
 @gluon.jit

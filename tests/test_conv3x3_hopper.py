@@ -185,6 +185,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     source, (right, wrong) = inspect.getsource(conv3x3_hopper), mistake
+    source = source.replace("from ._triton", "from flashvsr_kernels._triton")
     assert right in source
     (tmp_path / "mistaken_conv3x3.py").write_text(source.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
