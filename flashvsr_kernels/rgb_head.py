@@ -22,7 +22,7 @@ def rgb_head(x: Tensor, folded: Tensor, hidden_weight: Tensor, weight: Tensor, b
        ops with the first backend of each that can run), "reference" (PyTorch); None for the first that can run
     Returns rgb (N, height, width, 3), contiguous, and with return_moments the moments of 2 * rgb - 1, rgb as rounded.
     rgb is differentiable in all tensors; where gradients are recorded, the three ops run and keep their results.
-    Raises as rgb_conv does.
+    Raises as rgb_conv does, and ValueError for backend "hopper" where gradients are recorded.
     """
     D = folded.shape[3] if folded.ndim == 7 else 0
     if x.ndim != 4 or folded.shape != (1, 2, 2, D, 2, 2, x.shape[3]):
@@ -40,9 +40,13 @@ def rgb_head(x: Tensor, folded: Tensor, hidden_weight: Tensor, weight: Tensor, b
     check_part(box, 2 * x.shape[1], 2 * x.shape[2], out_dtype)
     tensors = x, folded, hidden_weight, weight, bias
     if torch.is_grad_enabled() and any(y.requires_grad for y in tensors):
-        y = upsample_conv(x, folded, relu=True)
-        y = conv3x3(y, hidden_weight, relu=True)
-        return rgb_conv(y, weight, bias, box=box, out_dtype=out_dtype, return_moments=return_moments)
+        if backend not in (None, "apart", "reference"):
+            raise ValueError("backend of rgb_head must be apart, reference or None where gradients are recorded, "
+                             f"got {backend!r}")
+        each = None if backend == "apart" else backend
+        y = upsample_conv(x, folded, relu=True, backend=each)
+        y = conv3x3(y, hidden_weight, relu=True, backend=each)
+        return rgb_conv(y, weight, bias, box=box, out_dtype=out_dtype, return_moments=return_moments, backend=each)
     rgb, moments = torch.ops.flashvsr.rgb_head(*tensors, box, out_dtype or x.dtype, return_moments, backend)
     return (rgb, moments) if return_moments else rgb
 

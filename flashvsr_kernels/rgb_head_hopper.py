@@ -19,10 +19,10 @@ PIXELS = 256  # of a row that a program of _add_taps makes
 
 def supports(x: Tensor, folded: Tensor, hidden: Tensor, weight: Tensor) -> str | None:
     """None if rgb_head can run tensors like these, of memory formats and dtypes as conv3x3 wants them, else the reason."""
-    if reason := conv3x3_hopper.supports(x, folded, weight) or conv3x3_hopper.supports(hidden[..., 0, 0][None, None], hidden):
+    if reason := conv3x3_hopper.supports(x, folded, hidden, weight):
         return reason
-    if len(hidden) > 128 or hidden.shape[1] > 128:
-        return f"takes at most 128 channels, hidden_weight is {tuple(hidden.shape)}"
+    if not {*hidden.shape[:2]} <= {64, 128}:
+        return f"takes 64 or 128 channels, hidden_weight is {tuple(hidden.shape)}"
     return None if x.shape[2] % 2 == 0 else f"x must have an even width, has {x.shape[2]}"
 
 

@@ -55,7 +55,10 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda *call: rgb_head(*call, box=(1, 0, 2, 5))[0], call)
     with torch.no_grad():
         wanted = rgb_head(*call)[0]
-    torch.testing.assert_close(rgb_head(*call)[0], wanted, rtol=1e-14, atol=1e-14)
+    for backend in None, "apart", "reference":
+        torch.testing.assert_close(rgb_head(*call, backend=backend)[0], wanted, rtol=1e-14, atol=1e-14)
+    with pytest.raises(ValueError, match="must be apart, reference or None where gradients are recorded, got 'hopper'"):
+        rgb_head(*call, backend="hopper")
 
 
 def test_operator_and_one_graph():

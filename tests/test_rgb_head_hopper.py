@@ -152,9 +152,9 @@ def test_refusals():
     call = make("cpu", 1, 4, 6, 64, 64, 64, BF16)
     assert rgb_head_hopper.supports(*call[:4]) is None
     for size, reason in (((1, 4, 5, 64, 64, 64), "x must have an even width, has 5"),
-                         ((1, 4, 6, 64, 64, 256), "takes at most 128 channels, hidden_weight is .256, 64"),
-                         ((1, 4, 6, 64, 192, 64), "takes at most 128 channels, hidden_weight is .64, 192"),
-                         ((1, 4, 6, 64, 64, 48), "the output must have a multiple of 64 channels, has 48"),
+                         ((1, 4, 6, 64, 64, 256), "takes 64 or 128 channels, hidden_weight is .256, 64"),
+                         ((1, 4, 6, 64, 192, 64), "takes 64 or 128 channels, hidden_weight is .64, 192"),
+                         ((1, 4, 6, 64, 64, 48), "takes 64 or 128 channels, hidden_weight is .48, 64"),
                          ((1, 4, 6, 64, 40, 64), "the output must have a multiple of 64 channels, has 40"),
                          ((1, 4, 6, 12, 64, 64), "x must have a multiple of 8 channels, .*, has 12")):
         assert re.match(reason, rgb_head_hopper.supports(*make("cpu", *size, BF16)[:4]))
