@@ -132,7 +132,10 @@ def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
     mistaken, found = importlib.import_module("mistaken_conv3d"), []
     call = make(1, 2, 17, 9, 128, 24, torch.float16, "cpu")
-    for names in [on_threads(mistaken, late) for late in ("products", "copies")]:
+    # Whether a mistake shows can depend on which thread runs when: more than one try.
+    for names in [on_threads(mistaken, late) for late in ("products", "copies")] * (10 if right != wrong else 1):
+        if any(found):
+            break
         replace(monkeypatch, mistaken, names)
         try:
             found.append(not torch.allclose(mistaken.forward(*call), reference.causal_conv3d(*call), atol=0.02))

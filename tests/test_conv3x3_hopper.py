@@ -199,7 +199,10 @@ def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     x, weight = call[0][:, :32, :64].contiguous(), call[1][:, :64].contiguous(memory_format=torch.channels_last)
     hidden = reference.conv3x3(x, weight, None, None, None, True)
     of_head = torch.einsum("nhwc,ocyx->oyxnhw", hidden, head).flatten(0, 2).float()
-    for launcher, residual in product(launchers, (None, call[4], "head")):
+    # Whether a mistake shows can depend on which thread runs when: more than one try.
+    for launcher, residual in [*product(launchers, (None, call[4], "head"))] * (5 if right != wrong else 1):
+        if any(found):
+            break
         monkeypatch.setattr(mistaken, "conv3x3_kernel", launcher)
         try:
             if isinstance(residual, str):
