@@ -278,7 +278,8 @@ LANGUAGE = types.SimpleNamespace(
     load=lambda pointer: pointer.elements[pointer.offset], maximum=lambda a, b, propagate_nan: a.clamp(min=b),
     convert_layout=lambda x, layout: x, allocate_shared_memory=_allocate, warp_specialize=_specialize,
     inline_asm_elementwise=lambda asm, constraints, arguments, **_: _program().bar(asm, *arguments),
-    **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")})
+    **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout",
+                                            "SliceLayout")})
 STAND_INS = [
     (gl, LANGUAGE), (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma, _mma),
     (hopper.warpgroup_mma_wait, _mma_wait), (getattr(gl, "thread_barrier", None) or gl.barrier, _meet),

@@ -10,34 +10,17 @@ triton = pytest.importorskip("triton", "3.6")
 from flashvsr_kernels import backends, conv3x3_hopper, reference, rgb_head, rgb_head_hopper
 from tests import interpreter
 from tests.error_rule import check
-from tests.gluon_on_threads import Launcher
 from tests.other_work import other_work
+from tests.test_conv3x3_hopper import device, needs_hopper  # noqa: F401: a fixture
 from tests.test_conv3x3_triton import NAN, among
 from tests.test_rgb_head import make
 
-INTERPRETED = triton.knobs.runtime.interpret
 REFUSAL = backends()["rgb_head"]["hopper"]
 BF16, FP16 = torch.bfloat16, torch.float16
-THREADS = {late: Launcher(conv3x3_hopper, "conv3x3_kernel", late) for late in ("products", "copies")}
+compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
 # N, H, W, C, E, first row
 SHAPES = {"whole tiles": (1, 8, 128, 64, 64, 0), "odd": (2, 9, 72, 128, 128, 0), "from row 1": (1, 7, 68, 64, 64, 1),
           "from row 5": (1, 11, 4, 40, 128, 5), "one row": (1, 1, 132, 64, 64, 0), "narrow": (3, 5, 4, 128, 64, 1)}
-
-
-def needs_hopper(test):
-    return pytest.mark.gpu(pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))(test))
-
-
-@pytest.fixture(params=["late products", "late copies", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    if INTERPRETED:
-        pytest.skip("TRITON_INTERPRET is set")
-    if request.param == "cuda":
-        if REFUSAL is not None:
-            pytest.skip(REFUSAL)
-        return "cuda"
-    monkeypatch.setattr(conv3x3_hopper, "conv3x3_kernel", THREADS[request.param.split()[1]])
-    return "cpu"
 
 
 def hidden_and_head(device, N, H, W, C, E, dtype=BF16):
@@ -63,6 +46,7 @@ def planes_of(x, weight, head, first):
     return planes
 
 
+@compiled
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_planes(device, shape):
     *sizes, first = shape
@@ -71,6 +55,7 @@ def test_planes(device, shape):
     check(planes_of(*call), reference_planes(*call), reference_planes(*wide))
 
 
+@compiled
 def test_planes_in_fp16_and_nan(device):
     x, weight, head = hidden_and_head(device, 1, 9, 68, 64, 128, FP16)
     wanted = planes_of(x, weight, head, 2)

@@ -63,10 +63,12 @@ def test_floor_counts_what_the_model_calls():
 
     def taps(done, x, weight, *_):
         return done.numel() * weight[0].numel()
+
     def head(done, x, folded, hidden, *_):
         """done: a tensor, or it and moments"""
         (rgb, *_), (E, D) = (done if isinstance(done, tuple) else (done,)), hidden.shape[:2]
         return rgb[..., 0].numel() * (4 * x.shape[-1] * D + 9 * D * E + 9 * E * 3)
+
     counts = {
         (dit, "linear_gelu", "linears"): linear,
         (dit, "sparse_attn", "sparse attention"): lambda done, q, k, v, mask:
