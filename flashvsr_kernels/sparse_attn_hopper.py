@@ -1,9 +1,10 @@
 """Block-sparse attention forward for Hopper (sm_90), in Gluon: TMA, wgmma and specialised warps.
 
-A program serves one query block. One producer warp streams the listed key and value blocks through a ring in
-shared memory by TMA; two consumer warpgroups of 64 query rows each take turns at the tensor cores: while one
-multiplies, the other computes its exponentials. Inside a warpgroup the product P V of the block before runs
-under the softmax of the current one.
+Programs stay on their multiprocessor and serve query blocks one after the other. One producer warp streams the
+listed key and value blocks through a ring in shared memory by TMA, the next query block's while the consumers still
+are at the last; two consumer warpgroups of 64 query rows each take turns at the tensor cores: while one multiplies,
+the other computes its exponentials. Inside a warpgroup the product P V of the block before runs under the softmax of
+the current one.
 
 bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange
 between lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum,
@@ -12,7 +13,7 @@ unless
   - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
   - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running
     maximum, is rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
-Then the program runs its block again with the running maximum, at the price of twice the time for this block.
+Then the program, when it has served all its blocks, runs this one again with the running maximum.
 fp16 has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a
 stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
 first too.
@@ -30,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._triton import processors
+
 BLOCK = 128                                           # tokens of a block
 CONSUMER_REGISTERS = gl.constexpr(240)                # of a thread; 65536 in all
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -37,9 +40,11 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 # Triton 3.8 brought the new names, 3.9 dropped the old.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_meet = getattr(gl, "thread_barrier", None) or gl.barrier
 
-# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; turns of the consumers 14 and
-# 15. Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the consumers.
+# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; turns of the
+# consumers 14 and 15. Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the
+# consumers.
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(10)
 
@@ -50,11 +55,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     Lk, (Mq, cap) = k.shape[1], index.shape[2:]
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
-    half, whole = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D]
+    half, whole, tiles = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D], B * H * Mq
+    again = torch.empty((tiles, 2), dtype=torch.int32, device=q.device)  # halves that need the running maximum
     with torch.cuda.device_of(q):
-        forward_kernel[(B * H * Mq,)](
+        forward_kernel[(min(tiles, processors(q.device)),)](
             _descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole), _descriptor(out, half), lse, index,
-            count, order, scale * math.log2(math.e), Lq, Lk, H, Mq, cap,
+            count, order, again, scale * math.log2(math.e), Lq, Lk, H, Mq, cap, tiles,
             **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
     return out, lse
 
@@ -85,53 +91,96 @@ def _free(first: gl.constexpr, step):
 
 
 @gluon.jit
-def _fetch(desc, batch, block, head, step, ring, full, free: gl.constexpr):
+def _fetch(desc, batch, row, head, step, ring, full, free: gl.constexpr):
     """The producer waits for both consumers to free the slot, then asks for a block."""
     if step >= 2:  # both slots begin free
         gl.inline_asm_elementwise("bar.sync $1, 288; mov.u32 $0, 0;", "=r,r", [free + (step & 1)],
                                   dtype=gl.int32, is_pure=False, pack=1)
     mbarrier.expect(full.index(step & 1), 128 * desc.block_shape[3] * 2)
-    _load(desc, [batch, block * 128, head, 0], full.index(step & 1), ring.index(step & 1))
+    _load(desc, [batch, row, head, 0], full.index(step & 1), ring.index(step & 1))
 
 
 @gluon.jit
-def _stream(k_desc, v_desc, batch, head, index, n, step, k_ring, v_ring, k_full, v_full):
-    """All listed blocks once, from the last to the first, keys one block ahead of values."""
-    block = gl.load(index + n - 1)
+def _place(i):
+    """Of a program's i-th tile in the order: forwards and backwards in turn, so that all get as much if it is sorted."""
+    programs = gl.num_programs(0)
+    return i * programs + gl.where(i & 1 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told, k_ring, v_ring, q_full,
+            k_full, v_full):
+    """A tile's queries, and its listed blocks from the last to the first, keys one block ahead of values.
+
+    served: tiles before    step: blocks that went through the ring before
+    told: for the consumers, who would have to wait for memory: tile, n, and keys of the block that comes first
+    """
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row, head, batch = tile % Mq * 128, tile // Mq % H, tile // Mq // H
+    index += tile.to(gl.int64) * cap
+    block = gl.load(index + gl.maximum(n - 1, 0))
     following = gl.load(index + gl.maximum(n - 2, 0))
-    _fetch(k_desc, batch, block, head, step, k_ring, k_full, K_FREE)
+    if n > 0:
+        _fetch(k_desc, batch, block * 128, head, step, k_ring, k_full, K_FREE)
+    if served > 0:
+        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")
+    told.index(0).store(gl.full([1], tile, gl.int32, L))
+    told.index(1).store(gl.full([1], n, gl.int32, L))
+    told.index(2).store(gl.full([1], gl.minimum(Lk - block * 128, 128), gl.int32, L))
+    for w in gl.static_range(2):
+        mbarrier.expect(q_full.index(w), 64 * q_desc.block_shape[3] * 2)
+        _load(q_desc, [batch, row + w * 64, head, 0], q_full.index(w), q_tile.index(w))
     for j in range(1, n):
         before = block
         block = following
         following = gl.load(index + gl.maximum(n - 2 - j, 0))
-        _fetch(k_desc, batch, block, head, step + j, k_ring, k_full, K_FREE)
-        _fetch(v_desc, batch, before, head, step + j - 1, v_ring, v_full, V_FREE)
-    _fetch(v_desc, batch, block, head, step + n - 1, v_ring, v_full, V_FREE)
+        _fetch(k_desc, batch, block * 128, head, step + j, k_ring, k_full, K_FREE)
+        _fetch(v_desc, batch, before * 128, head, step + j - 1, v_ring, v_full, V_FREE)
+    if n > 0:
+        _fetch(v_desc, batch, block * 128, head, step + n - 1, v_ring, v_full, V_FREE)
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, index, count, order, H, Mq, cap, q_tile, k_ring, v_ring, q_full, k_full,
-              v_full, bad, judged, FIXED_MAX: gl.constexpr):
-    tile = gl.load(order + gl.program_id(0))
-    n = gl.load(count + tile)
-    if n > 0:
-        row, head, batch = tile % Mq * 128, tile // Mq % H, tile // Mq // H
-        index += tile.to(gl.int64) * cap
-        for w in gl.static_range(2):
-            mbarrier.expect(q_full.index(w), 64 * q_desc.block_shape[3] * 2)
-            _load(q_desc, [batch, row + w * 64, head, 0], q_full.index(w), q_tile.index(w))
-        _stream(k_desc, v_desc, batch, head, index, n, 0, k_ring, v_ring, k_full, v_full)
-        if FIXED_MAX:
-            mbarrier.wait(judged, 0)
-            L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            if gl.max(bad.index(0).load(L) + bad.index(1).load(L), 0) > 0:
-                _stream(k_desc, v_desc, batch, head, index, n, n, k_ring, v_ring, k_full, v_full)
+def _producer(q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring, v_ring,
+              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr):
+    rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
+    served = 0
+    step = 0
+    for i in range(rounds):
+        place = _place(i)
+        if place < tiles:
+            tile = gl.load(order + place)
+            n = gl.load(count + tile)
+            _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told, k_ring, v_ring,
+                    q_full, k_full, v_full)
+            served += 1
+            step += n
+    if FIXED_MAX:
+        mbarrier.wait(judged, 0)
+        L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        if gl.max(bad.index(0).load(L) + bad.index(1).load(L), 0) > 0:
+            for i in range(rounds):
+                place = _place(i)
+                if place < tiles:
+                    tile = gl.load(order + place)
+                    n = gl.load(count + tile)
+                    if gl.load(again + tile * 2) + gl.load(again + tile * 2 + 1) > 0:
+                        _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told,
+                                k_ring, v_ring, q_full, k_full, v_full)
+                        served += 1
+                        step += n
 
 
 @gluon.jit
 def _row_sums(p):
     """What each lane holds of a row, summed: (64, 128) to (64, 4), without an exchange between lanes."""
     return gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _shrunk(l, shrink):
+    """The lanes' shares (64, 4) of sums times shrink (64,)."""
+    return l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None]
 
 
 @gluon.jit
@@ -188,7 +237,7 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
             m = highest
             # Not s c - m c in one instruction, which is not 0 at the maximum when scores are large.
             p = gl.exp2((s - m[:, None]) * c)
-            l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + _row_sums(p)
+            l = _shrunk(l, shrink) + _row_sums(p)
             acc = warpgroup_mma_wait(0, deps=[pv])
             acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         _free(V_FREE, at - 1)
@@ -206,50 +255,97 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
 
 
 @gluon.jit
-def _consumer(W: gl.constexpr, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring,
-              v_ring, q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+def _told(told, i: gl.constexpr):
+    return gl.max(told.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring, v_ring,
+           q_full, k_full, v_full, FIXED_MAX: gl.constexpr, AGAIN: gl.constexpr, PARTIAL: gl.constexpr):
+    """A consumer's half of a tile, written if its maximum was good enough: the blocks that went through the ring, and
+    whether it was not. AGAIN: written only if it was not the first time
+    """
     D: gl.constexpr = out_desc.block_shape[3]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     R: gl.constexpr = gl.SliceLayout(1, O)
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    tile = gl.load(order + gl.program_id(0))
-    n = gl.load(count + tile)
+    mbarrier.wait(q_full.index(W), served & 1)
+    tile, n = _told(told, 0), _told(told, 1)
     row, head, batch = tile % Mq * 128 + W * 64, tile // Mq % H, tile // Mq // H
     acc = gl.full([64, D], 0.0, gl.float32, O)
     log_sum = gl.full([64], float("-inf"), gl.float32, R)
-    q = q_tile.index(W).reshape([64, D])
+    is_bad = 0
     if n > 0:
         edge = 128
         if PARTIAL:
-            edge = gl.minimum(Lk - gl.load(index + tile.to(gl.int64) * cap + n - 1) * 128, 128)
-        mbarrier.wait(q_full.index(W), 0)
-        if W == 1:
-            _barrier("bar.arrive 14, 256; mov.u32 $0, 0;")  # the first turn is the other consumer's
-        acc, l, most, m = _attend(W, q, n, edge, c, 0, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
+            edge = _told(told, 2)
+        acc, l, most, m = _attend(W, q_tile.index(W).reshape([64, D]), n, edge, c, step, k_ring, v_ring, k_full, v_full,
+                                  FIXED_MAX, PARTIAL)
         if FIXED_MAX:
             # Written so that NaN is bad too: the exact pass decides what it means.
             in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (gl.max(gl.abs(acc), 1) < float("inf"))
             good = in_range & ((l < 8.0) | (most < 0.98 * l))
-            bad.index(W).store(gl.full([1], gl.max(gl.where(good, 0, 1), 0), gl.int32, ONE))
-            mbarrier.arrive(judged, count=1)
-            mbarrier.wait(judged, 0)
-            if gl.max(bad.index(0).load(ONE) + bad.index(1).load(ONE), 0) > 0:
-                acc, l, most, m = _attend(W, q, n, edge, c, n, k_ring, v_ring, k_full, v_full, False, PARTIAL)
+            is_bad = gl.max(gl.where(good, 0, 1), 0)
         acc *= (1.0 / l)[:, None]
         log_sum = (m + gl.log2(l)) * 0.6931471805599453
-    q.store(acc.to(q.dtype))
-    fence_async_shared()
-    _store(out_desc, [batch, row, head, 0], q_tile.index(W))
-    rows = row + gl.arange(0, 64, R)
-    gl.store(lse + (tile // Mq).to(gl.int64) * Lq + rows, log_sum, mask=rows < Lq)
+    _barrier("bar.arrive 12, 288; mov.u32 $0, 0;")
+    asked = 1
+    if AGAIN:
+        asked = gl.load(again + tile * 2 + W)
+    if asked > is_bad:
+        tma.store_wait(0)
+        _meet()
+        half = out_tile.index(W)
+        half.reshape([64, D]).store(acc.to(out_desc.dtype))
+        fence_async_shared()
+        _meet()
+        _store(out_desc, [batch, row, head, 0], half)
+        rows = row + gl.arange(0, 64, R)
+        gl.store(lse + (tile // Mq).to(gl.int64) * Lq + rows, log_sum, mask=rows < Lq)
+    if FIXED_MAX:
+        gl.store(again + tile * 2 + W, is_bad)
+    return n, is_bad
+
+
+@gluon.jit
+def _consumer(W: gl.constexpr, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring,
+              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
+    served = 0
+    step = 0
+    any_bad = 0
+    if W == 1:
+        _barrier("bar.arrive 14, 256; mov.u32 $0, 0;")  # the first turn is the other consumer's
+    for i in range(rounds):
+        if _place(i) < tiles:
+            n, is_bad = _serve(W, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring,
+                               v_ring, q_full, k_full, v_full, FIXED_MAX, False, PARTIAL)
+            any_bad = gl.maximum(any_bad, is_bad)
+            served += 1
+            step += n
+    if FIXED_MAX:
+        bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))
+        mbarrier.arrive(judged, count=1)
+        mbarrier.wait(judged, 0)
+        if gl.max(bad.index(0).load(ONE) + bad.index(1).load(ONE), 0) > 0:
+            for i in range(rounds):
+                if _place(i) < tiles:
+                    tile = gl.load(order + _place(i))
+                    if gl.load(again + tile * 2) + gl.load(again + tile * 2 + 1) > 0:
+                        n, _ = _serve(W, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told,
+                                      k_ring, v_ring, q_full, k_full, v_full, False, True, PARTIAL)
+                        served += 1
+                        step += n
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["Lq", "Lk", "H", "Mq", "cap"])
-def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap,
+@gluon.jit(do_not_specialize=["Lq", "Lk", "H", "Mq", "cap", "tiles"])
+def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, again, c, Lq, Lk, H, Mq, cap, tiles,
                    FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = k_desc.block_shape[3]
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    out_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
+    told = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 128, 1, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [2, 1, 128, 1, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -265,10 +361,10 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, c
         mbarrier.init(judged, count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (_consumer, (0, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
-                     q_full, k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
-        (_consumer, (1, out_desc, lse, index, count, order, c, Lq, Lk, H, Mq, cap, q_tile, k_ring, v_ring,
-                     q_full, k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
-        (_producer, (q_desc, k_desc, v_desc, index, count, order, H, Mq, cap, q_tile, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, judged, FIXED_MAX)),
+        (_consumer, (0, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
+                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_consumer, (1, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
+                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+        (_producer, (q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring,
+                     v_ring, q_full, k_full, v_full, bad, judged, FIXED_MAX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

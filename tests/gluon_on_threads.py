@@ -68,8 +68,10 @@ class Shared:
 
 
 class MBarrier:
+    """A ring of them, or one. needed: arrivals that end a phase, once all bytes have come that were expected"""
+
     def __init__(self):
-        self.phases = self.expected = self.arrived = 0
+        self.phases = self.expected = self.arrived = self.arrivals = self.needed = 0
         self.loads = []
 
     def index(self, i):
@@ -95,6 +97,16 @@ class Pointer:
 
     def __add__(self, offset):
         return Pointer(self.elements, self.offset + offset)
+
+    def __sub__(self, offset):
+        return self + -offset
+
+    def load(self):
+        return self.elements[self.offset]
+
+    def store(self, value, mask=None):
+        here = slice(None) if mask is None else mask
+        self.elements[self.offset if mask is None else self.offset[here]] = value if mask is None else value[here]
 
 
 class Sum:
@@ -131,13 +143,16 @@ class Program:
             return barrier.phases & 1 != parity
         self.wait(complete, "an mbarrier")
 
-    def count(self, barrier, expected=0, arrived=0):
+    def count(self, barrier, expected=0, arrived=0, arrivals=0):
+        """expected, arrived: bytes"""
         with self.changed:
-            assert not (expected and barrier.expected), "expected twice in a phase"
+            barrier.arrivals += arrivals
+            assert barrier.arrivals <= barrier.needed, "too many arrivals in a phase"
             barrier.expected += expected
             barrier.arrived += arrived
-            if barrier.expected and barrier.expected == barrier.arrived:
-                barrier.phases, barrier.expected, barrier.arrived = barrier.phases + 1, 0, 0
+            if barrier.arrivals == barrier.needed and barrier.expected == barrier.arrived:
+                barrier.phases += 1
+                barrier.expected = barrier.arrived = barrier.arrivals = 0
                 self.changed.notify_all()
 
     def load(self, desc, at, barrier, target):
@@ -157,8 +172,11 @@ class Program:
             barrier.loads.append(copy) if self.late == "copies" else copy()
             self.changed.notify_all()
 
-    def bar(self, instruction, barrier):
-        kind, threads = instruction.split()[0], int(instruction.split(";")[0].split(",")[1])
+    def bar(self, instruction, barrier=None):
+        """barrier: its number, if it is not in the instruction"""
+        kind, operands = instruction.split(";")[0].split(maxsplit=1)
+        number, threads = operands.split(",")
+        barrier, threads = int(number if barrier is None else barrier), int(threads)
         with self.changed:
             arrived, times = self.named.get(barrier, (0, 0))
             arrived += _thread().size
@@ -178,8 +196,8 @@ def _program():
     return _thread().program
 
 
-def _mma(a, b, acc, is_async):
-    acc = acc if isinstance(acc, Sum) else Sum(acc)
+def _mma(a, b, acc, is_async, use_acc=True):
+    acc = acc if isinstance(acc, Sum) else Sum(acc if use_acc else torch.zeros_like(acc))
     acc.running += 1
 
     def multiply():
@@ -196,7 +214,7 @@ def _mma_wait(running, deps):
     products = _thread().products
     while len(products) > running:
         products.pop(0)()
-    deps = [acc if not isinstance(acc, Sum) or acc.running or running else acc.value for acc in deps]
+    deps = [acc.value if isinstance(acc, Sum) and not acc.running else acc for acc in deps]
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
@@ -232,7 +250,7 @@ def _meet():
 
 
 def _init(barrier, count):
-    assert count == 1, "only barriers that count one arrival, and bytes"
+    barrier.needed = count
 
 
 def _allocate(dtype, shape, layout):
@@ -240,7 +258,8 @@ def _allocate(dtype, shape, layout):
         ring = MBarrier()
         ring.all, ring.shape = [MBarrier() for _ in range(shape[0])], tuple(shape)
         return ring
-    return Shared(torch.full((math.prod(shape),), math.nan, dtype=dtype), 0, shape, layout)
+    poison = math.nan if dtype.is_floating_point else -9999
+    return Shared(torch.full((math.prod(shape),), poison, dtype=dtype), 0, shape, layout)
 
 
 def _partition(program, name, warps, function, arguments):
@@ -270,16 +289,27 @@ def _specialize(partitions, warps, registers):
         raise program.failed[0]
 
 
+def _where(condition, a, b):
+    if isinstance(condition, torch.Tensor) and condition.ndim:
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def _maximum(a, b, propagate_nan=None):
+    return torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+
+
 LANGUAGE = types.SimpleNamespace(
     static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64,
     program_id=lambda axis: _program().number, num_programs=lambda axis: _program().programs,
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
-    arange=lambda start, end, layout: torch.arange(start, end), where=lambda c, a, b: a if c else b,
-    load=lambda pointer: pointer.elements[pointer.offset], maximum=lambda a, b, propagate_nan: a.clamp(min=b),
+    arange=lambda start, end, layout: torch.arange(start, end), where=_where, load=Pointer.load, store=Pointer.store,
+    maximum=_maximum, minimum=lambda a, b: torch.minimum(*map(torch.as_tensor, (a, b))), abs=torch.abs,
+    exp2=torch.exp2, log2=torch.log2, max=torch.amax, sum=torch.sum, reshape=torch.reshape,
     convert_layout=lambda x, layout: x, allocate_shared_memory=_allocate, warp_specialize=_specialize,
     inline_asm_elementwise=lambda asm, constraints, arguments, **_: _program().bar(asm, *arguments),
     **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout",
-                                            "SliceLayout")})
+                                            "SliceLayout", "BlockedLayout", "SwizzledSharedLayout")})
 STAND_INS = [
     (gl, LANGUAGE), (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma, _mma),
     (hopper.warpgroup_mma_wait, _mma_wait), (getattr(gl, "thread_barrier", None) or gl.barrier, _meet),
@@ -289,12 +319,13 @@ STAND_INS = [
     (tma, types.SimpleNamespace(store_wait=_store_wait)),
     (mbarrier, types.SimpleNamespace(
         MBarrierLayout=mbarrier.MBarrierLayout, init=_init,
-        expect=lambda barrier, size: _program().count(barrier, expected=size),
+        expect=lambda barrier, size: _program().count(barrier, expected=size, arrivals=1),
+        arrive=lambda barrier, count: _program().count(barrier, arrivals=count),
         wait=lambda barrier, parity: _program().wait_phase(barrier, parity)))]
 
 
-def _as_python(module):
-    """The module's functions as Python, seeing the stand-ins."""
+def _as_python(module, **others):
+    """The module's functions as Python, seeing the stand-ins, or others by their name."""
     scope = dict(vars(module))
     for name, value in scope.items():
         scope[name] = next((ours for theirs, ours in STAND_INS if value is theirs), value)
@@ -302,17 +333,18 @@ def _as_python(module):
             scope[name] = value.value
         elif isinstance(value, JITFunction):
             scope[name] = types.FunctionType(value.fn.__code__, scope, name)
+    scope |= others
     return scope
 
 
 class Launcher:
     """Stands for a jitted kernel of a module: kernel[grid](...) runs a few programs one after the other.
 
-    late: as in Program
+    late: as in Program    others: functions that stand for the module's of those names
     """
 
-    def __init__(self, module, name, late, programs=3):
-        self.function, self.late, self.programs = _as_python(module)[name], late, programs
+    def __init__(self, module, name, late, programs=3, **others):
+        self.function, self.late, self.programs = _as_python(module, **others)[name], late, programs
 
     def __getitem__(self, grid):
         return self._run

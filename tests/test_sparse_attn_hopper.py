@@ -1,31 +1,70 @@
-"""The Gluon forward for sm_90 against float64, above all where its fixed maximum must give way."""
+"""The Gluon forward for sm_90, on the GPU and as Python on threads, against float64, above all where its fixed maximum
+must give way.
+"""
+import importlib
+import inspect
+import linecache
 import math
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from flashvsr_kernels import BlockMask, backends, sparse_attn
-from tests.error_rule import check_attention
+triton = pytest.importorskip("triton", "3.6")
 
+from flashvsr_kernels import BlockMask, backends, sparse_attn, sparse_attn_hopper
+from tests import gluon_on_threads
+from tests.error_rule import check_attention
+from tests.gluon_on_threads import Launcher
+from tests.other_work import other_work
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
 REFUSAL = backends()["sparse_attn"]["hopper"]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALL = {"whole blocks": (1, 384, 512, 2, 64), "partial blocks": (2, 300, 515, 1, 64), "one": (1, 1, 1, 1, 64),
+         "several tiles a program": (1, 700, 900, 3, 128)}
 SHAPES = {"whole blocks": (1, 256, 384, 2, 128), "partial blocks": (2, 300, 515, 3, 128),
-          "odd": (2, 129, 127, 3, 64), "one": (1, 1, 1, 1, 64), "33 keys": (1, 70, 33, 1, 128),
-          "many": (1, 1024, 4096, 3, 128), "many D 64": (1, 1024, 4096, 3, 64)}
+          "odd": (2, 129, 127, 3, 64), "33 keys": (1, 70, 33, 1, 128), "many": (1, 1024, 4096, 3, 128),
+          "many D 64": (1, 1024, 4096, 3, 64), "several tiles a program": (1, 6400, 1300, 8, 128)}
 
 
-def make(B=1, Lq=512, Lk=1024, H=2, D=128, dtype=torch.bfloat16, density=0.6, seed=0):
+def shrunk(l, shrink):
+    """Stands for the kernel's, which asks l for its layout."""
+    return l * shrink[:, None]
+
+
+THREADS = {late: Launcher(sparse_attn_hopper, "forward_kernel", late, _shrunk=shrunk) for late in ("products", "copies")}
+
+
+def needs_hopper(test):
+    return pytest.mark.gpu(pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))(test))
+
+
+@pytest.fixture(params=["late products", "late copies", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if REFUSAL is not None:
+            pytest.skip(REFUSAL)
+        return "cuda"
+    monkeypatch.setattr(sparse_attn_hopper, "forward_kernel", THREADS[request.param.split()[1]])
+    return "cpu"
+
+
+def make(B=1, Lq=512, Lk=1024, H=2, D=128, dtype=torch.bfloat16, density=0.6, seed=0, device="cuda"):
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, L, H, D, generator=g).to("cuda", dtype) for L in (Lq, Lk, Lk))
-    mask = (torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density).cuda()
+    q, k, v = (torch.randn(B, L, H, D, generator=g).to(device, dtype) for L in (Lq, Lk, Lk))
+    mask = (torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), generator=g) < density).to(device)
     mask[..., 0, 0] = True
     return q, k, v, mask
 
 
 def call(q, k, v, mask, scale=None):
-    return sparse_attn(q, k, v, mask, scale=scale, return_lse=True, backend="hopper")
+    if q.is_cuda:
+        return sparse_attn(q, k, v, mask, scale=scale, return_lse=True, backend="hopper")
+    lists, scale = BlockMask.from_dense(mask), q.shape[-1] ** -.5 if scale is None else scale
+    return sparse_attn_hopper.forward(q, k, v, lists.index, lists.count, lists.order, scale)
 
 
 def check(q, k, v, mask, scale=None):
@@ -34,12 +73,79 @@ def check(q, k, v, mask, scale=None):
     check_attention(out, lse, q, k, v, mask, scale, lse_tolerance=1e-5)
 
 
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_small(device, dtype, shape):
+    check(*make(*shape, dtype=dtype, device=device))
+
+
+def test_empty_rows(device):
+    q, k, v, mask = make(1, 600, 384, 3, 64, device=device)
+    mask[0, 1] = mask[0, 0, 2] = mask[0, 2, 4] = False
+    check(q, k, v, mask)
+
+
+@pytest.mark.parametrize("rows", [slice(70, 71), slice(0, 700), slice(300, 410)], ids=["one", "all", "some"])
+def test_rows_that_need_the_running_maximum(device, rows):
+    """Alone in their half of a tile, in all of them, and in some that are empty too."""
+    q, k, v, mask = make(1, 700, 900, 2, 64, device=device)
+    mask[..., -1] = mask[..., 0] = True
+    mask[0, 1, 3] = False
+    q[:, rows] *= 60
+    check(q, k, v, mask)
+
+
+MISTAKES = {
+    "none": ("", ""),
+    "queries overwritten while they are read": ('        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")', "        pass"),
+    "keys freed while they are read": ("s = warpgroup_mma_wait(1, deps=[s])\n        _free(K_FREE, at)",
+                                       "_free(K_FREE, at)\n        s = warpgroup_mma_wait(1, deps=[s])"),
+    "values freed while they are read": ("        pv = warpgroup_mma(b_p, v_ring.index(at - 1 & 1)",
+                                         "        _free(V_FREE, at - 1)\n        pv = warpgroup_mma(b_p, v_ring.index(at - 1 & 1)"),
+    "no fence before a store": ("fence_async_shared()\n        _meet", "_meet"),
+    "a store's source overwritten": ("        tma.store_wait(0)\n        _meet()\n        half", "        half"),
+    "the ring's phase of values": ("mbarrier.wait(v_full.index(last & 1), last >> 1 & 1)", "pass"),
+    "blocks of the tiles before not counted": ("            step += n\n    if FIXED_MAX:\n        bad", "    if FIXED_MAX:\n        bad"),
+    "nobody asks whether rows were bad": ("is_bad = gl.max(gl.where(good, 0, 1), 0)", "is_bad = 0")}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
+    source, (right, wrong) = inspect.getsource(sparse_attn_hopper).replace("from ._triton", "from flashvsr_kernels._triton"), mistake
+    assert source.count(right) == 1 or not right
+    (tmp_path / "mistaken_attention.py").write_text(source.replace(right, wrong) if right else source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mistaken_attention", raising=False)
+    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
+    linecache.clearcache()
+    mistaken, found = importlib.import_module("mistaken_attention"), []
+    q, k, v, mask = make(1, 700, 900, 1, 64, device="cpu")
+    mask[..., -1] = True
+    q[:, 300:410] *= 60
+    lists = BlockMask.from_dense(mask)
+    launchers = [Launcher(mistaken, "forward_kernel", late, _shrunk=shrunk) for late in ("products", "copies")]
+    # Whether a mistake shows can depend on which thread runs when: more than one try.
+    for launcher in launchers * (10 if right else 1):
+        if any(found):
+            break
+        monkeypatch.setattr(mistaken, "forward_kernel", launcher)
+        try:
+            out, lse = mistaken.forward(q, k, v, lists.index, lists.count, lists.order, .125)
+            check_attention(out, lse, q, k, v, mask, lse_tolerance=1e-5)
+            found.append(False)
+        except (AssertionError, RuntimeError, TypeError):  # the last of sums that are not complete
+            found.append(True)
+    assert any(found) == bool(right)
+
+
+@needs_hopper
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_float64_reference(dtype, shape):
     check(*make(*shape, dtype=dtype))
 
 
+@needs_hopper
 @pytest.mark.parametrize("factor", [1, 3, 10, 30, 60, 100, 200, 1000])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_growth_past_the_first_block(dtype, factor):
@@ -48,6 +154,7 @@ def test_growth_past_the_first_block(dtype, factor):
     check(q * factor if dtype == torch.bfloat16 else q * min(factor, 100), k, v, mask)
 
 
+@needs_hopper
 @pytest.mark.parametrize("at", [0, 500, 1023], ids=["first key", "a key between", "last key"])
 @pytest.mark.parametrize("gain", [1, 5, 10, 20, 41, 43, 80, 1e3])
 def test_one_hot_key(gain, at):
@@ -58,6 +165,7 @@ def test_one_hot_key(gain, at):
     check(q, k, v, mask)
 
 
+@needs_hopper
 def test_sum_at_the_limit():
     """Row sums on both sides of 2^60 in one block: the verdict is the block's, results are right on both."""
     q, k, v, mask = make(Lq=128, H=1)
@@ -71,6 +179,7 @@ def test_sum_at_the_limit():
     check(q.bfloat16(), k, v, mask, scale=1.0)
 
 
+@needs_hopper
 def test_late_outliers_in_every_tenth_row():
     q, k, v, mask = make(Lq=1024, Lk=2048)
     q[:, ::10] *= 50
@@ -78,12 +187,14 @@ def test_late_outliers_in_every_tenth_row():
     check(q, k, v, mask)
 
 
+@needs_hopper
 def test_values_that_overflow_a_shifted_sum():
     """Row sums within the limit, times values of 1e30, are not."""
     q, k, v, mask = make()
     check(q * 8, k, v * 1e30, mask)
 
 
+@needs_hopper
 def test_nan_stays_in_its_row():
     q, k, v, mask = make()
     mask[...] = True
@@ -96,11 +207,13 @@ def test_nan_stays_in_its_row():
     check_attention(out, lse, q, k, v, mask, lse_tolerance=1e-5)
 
 
+@needs_hopper
 @pytest.mark.parametrize("scale", [1e-3, 0.5, 2.0])
 def test_scale(scale):
     check(*make(Lq=300, Lk=515), scale)
 
 
+@needs_hopper
 @pytest.mark.parametrize("layout", ["one tensor of q, k and v", "heads before rows", "padded rows", "ring of keys"])
 def test_strides(layout):
     q, k, v, mask = make(2, 300, 300, 3, 64)
@@ -117,6 +230,7 @@ def test_strides(layout):
         assert torch.equal(got, wanted)
 
 
+@needs_hopper
 @pytest.mark.parametrize("D", [64, 128])
 def test_what_must_not_be_read_is_nan(D):
     q, k, v, mask = make(2, 140, 400, 3, D)
@@ -130,6 +244,7 @@ def test_what_must_not_be_read_is_nan(D):
         assert torch.equal(got, expected)
 
 
+@needs_hopper
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_empty_rows_and_heads(dtype):
     q, k, v, mask = make(2, 300, 300, 3, dtype=dtype)
@@ -140,18 +255,34 @@ def test_empty_rows_and_heads(dtype):
     check(q, k, v, mask)
 
 
-def test_same_bits_again_with_other_work_on_the_card():
-    q, k, v, mask = make(1, 2048, 4096, 4)
-    q *= 20  # some blocks run again
-    first = call(q, k, v, mask)
-    side, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    for _ in range(100):
-        with torch.cuda.stream(side):
-            busy @ busy
-        for got, wanted in zip(call(q, k, v, mask), first):
-            assert torch.equal(got, wanted)
+@needs_hopper
+@pytest.mark.parametrize("every", [97, 700, 6400])
+@pytest.mark.parametrize("Lk", [1280, 1300])
+def test_programs_that_serve_many_tiles_run_some_again(Lk, every):
+    """More than four tiles a program; rows that need the running maximum in all of a program's, in some, in one."""
+    q, k, v, mask = make(1, 6400, Lk, 12)
+    mask[0, 3] = mask[0, :, 20:22] = False
+    q[:, 5::every] *= 100
+    check(q, k, v, mask)
 
 
+@needs_hopper
+@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_same_bits_500_times(dtype, others):
+    q, k, v, mask = make(1, 8448, 4096, 4, dtype=dtype)
+    q[:, ::300] *= 20  # some blocks run again
+    wanted, changed = call(q, k, v, mask), torch.zeros((), dtype=torch.int64, device="cuda")
+    with other_work(others) if others else nullcontext():
+        for _ in range(50):
+            for got in [call(q, k, v, mask) for _ in range(10)]:
+                for one, first in zip(got, wanted):
+                    changed += (one != first).any()
+        changed = changed.item()
+    assert changed == 0
+
+
+@needs_hopper
 def test_graph_replays_with_another_mask():
     q, k, v, mask = make()
     call(q, k, v, mask)
@@ -168,6 +299,7 @@ def test_graph_replays_with_another_mask():
             assert torch.equal(got, wanted)
 
 
+@needs_hopper
 def test_offsets_beyond_two_gigabytes():
     """Key rows 3 GB apart from the first."""
     q, k, v, _ = make(1, 128, 256, 1)
@@ -179,6 +311,7 @@ def test_offsets_beyond_two_gigabytes():
         assert torch.equal(got, wanted)
 
 
+@needs_hopper
 def test_misaligned_rows_are_refused_with_the_reason():
     q, k, v, mask = make()
     odd = torch.nn.functional.pad(q, (1, 0))[..., 1:]
