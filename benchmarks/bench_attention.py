@@ -6,9 +6,9 @@ First a line with the machine; then one line for each case and contestant: media
 the time; TFLOP/s on the kept blocks (4 D 128^2 a block forward, 2.5 times that backward; dense attention: all
 blocks); the same over the rate of a large matrix product (8192^3 in bf16; on a CPU 1024^3); ideal time over
 time, ideal being dense attention's (cuDNN's on a GPU) times the density; the error of a few tiles against
-float32; and the time to build our lists from a bool mask. How is timed: timing.py. Which masks: masks.py.
-Backward is the gradient alone. Exit 1 if one of our backends gave a wrong result or an error other than that
-it cannot run the case.
+float32; the time to build our lists from a bool mask; and how many times as fast as each peer, a median of ratios
+within rounds. How is timed: timing.py. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our
+backends gave a wrong result or an error other than that it cannot run the case.
 """
 import argparse
 import json
@@ -67,6 +67,8 @@ def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list
         if name in ready:
             row["error"] = errors[name]
         if name in OURS:
+            peers = [peer for peer in times if peer not in (*OURS, "gemm", DENSE[device])]
+            row |= {"as_fast_as": {peer: float(f"{ratio(times[peer], found):.5g}") for peer in peers}} if peers else {}
             row["lists_us"] = summary(lists)["us"]
             if device == "cuda":
                 row["under_load"] = _under_load(ready[name].call, row["us"], flop)
@@ -132,7 +134,8 @@ def line(row: dict) -> str:
     return (f"{row['case']:48} {row['contestant']:12} {row['us']:10.1f} us (p20 {row['p20']:10.1f} p80 "
             f"{row['p80']:10.1f}) {row['tflops']:9.4g} TFLOP/s {of('of_gemm', '{:.0%}'):>5} of GEMM "
             f"{of('of_ideal', '{:.3f}'):>6} of ideal  error {of('error', '{:.1e}'):>7}  lists "
-            f"{of('lists_us', '{:.0f} us'):>8}")
+            f"{of('lists_us', '{:.0f} us'):>8}"
+            + "".join(f"  {peer} {over:.3f}x" for peer, over in row.get("as_fast_as", {}).items()))
 
 
 def first_line(about: dict, device: str) -> str:

@@ -101,6 +101,8 @@ def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direc
     assert rows["gemm"]["of_gemm"] == pytest.approx(1, rel=1e-3)
     assert rows["sdpa"]["of_ideal"] == .5  # dense itself, where half the blocks are kept
     assert rows["reference"]["error"] < 1e-5 and rows["reference"]["lists_us"] > 0
+    assert rows["reference"]["as_fast_as"]["sdpa-masked"] == pytest.approx(
+        rows["sdpa-masked"]["us"] / rows["reference"]["us"], rel=.5)
     assert [row["builder"] for row in document["lists"]] == ["from_dense", "transposed", "lcsa_mask"]
     assert Image.open(tmp_path / "a.png").width > 500
 
