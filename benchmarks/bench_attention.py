@@ -7,7 +7,7 @@ the time; TFLOP/s on the kept blocks (4 D 128^2 a block forward, 2.5 times that 
 blocks); the same over the rate of a large matrix product (8192^3 in bf16; on a CPU 1024^3); ideal time over
 time, ideal being dense attention's (cuDNN's on a GPU) times the density; the error of a few tiles against
 float32; the time to build our lists from a bool mask; and how many times as fast as each peer, a median of ratios
-within rounds. How is timed: timing.py. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our
+within cycles. How is timed: timing.py. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our
 backends gave a wrong result or an error other than that it cannot run the case.
 """
 import argparse
@@ -63,12 +63,13 @@ def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list
         row["tflops"] = flop / row["us"] / 1e6
         row["of_gemm"] = row["tflops"] / rate
         if dense and name != "gemm":
-            row["of_ideal"] = work.density * ratio(dense, found)
+            row["of_ideal"] = work.density * ratio(dense, found, len(times))
         if name in ready:
             row["error"] = errors[name]
         if name in OURS:
             peers = [peer for peer in times if peer not in (*OURS, "gemm", DENSE[device])]
-            row |= {"as_fast_as": {peer: float(f"{ratio(times[peer], found):.5g}") for peer in peers}} if peers else {}
+            over = {peer: float(f"{ratio(times[peer], found, len(times)):.5g}") for peer in peers}
+            row |= {"as_fast_as": over} if peers else {}
             row["lists_us"] = summary(lists)["us"]
             if device == "cuda":
                 row["under_load"] = _under_load(ready[name].call, row["us"], flop)

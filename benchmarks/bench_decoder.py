@@ -55,7 +55,7 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
         row[unit] = (its_amount if one == name else amount) / row["us"] / scale
         row[f"of_{name}"] = row[unit] / best
         if one in OURS:
-            row["of_peer"] = {peer: float(f"{ratio(times[peer], found):.4g}")
+            row["of_peer"] = {peer: float(f"{ratio(times[peer], found, len(times)):.4g}")
                               for peer in against if peer in times}
         if every[one].alone:
             row["no_graph"] = every[one].alone

@@ -4,8 +4,8 @@ A GPU under load sits at its power limit, and what ran just before decides its c
 other, or in one fixed order, kernels differ by 8 to 10 % for no fault of theirs. So each contestant runs a
 burst of calls in each round, rounds follow each other without a pause, and over a cycle of rounds every
 contestant comes after every other equally often. A figure is the median over rounds of a burst's mean; a
-ratio is the median of the ratios within rounds. The L2 cache is not flushed: keys and values of 100 MB each
-leave little in its 50 MB from one call to the next.
+ratio is the median of the ratios within cycles, as within a round one of the two has the better place. The L2
+cache is not flushed: keys and values of 100 MB each leave little in its 50 MB from one call to the next.
 """
 import statistics
 import time
@@ -80,6 +80,8 @@ def summary(times: list[float]) -> dict[str, float]:
             (("us", statistics.median(times)), ("p20", p20), ("p80", p80))}
 
 
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median over rounds of over / under within a round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def ratio(over: list[float], under: list[float], contestants: int) -> float:
+    """Median over cycles of the ratio of over's sum in a cycle to under's, where so many took turns."""
+    cycle = len(orders(contestants))
+    starts = range(0, len(over), cycle)
+    return statistics.median(sum(over[i:i + cycle]) / sum(under[i:i + cycle]) for i in starts)
