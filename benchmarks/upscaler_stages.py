@@ -14,8 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from flashvsr_model import StreamingUpscaler, dit, upscaler
 
+from .peers import gemm
 from .upscaler_stream import Stamp, Stream, seconds, stamp, wait
 
+AHEAD = 1.8e14  # FLOP of products, a quarter of a second on an H100
 REST = "rest"  # uploads, copies of what the next chunk needs, joins
 # Functions as the model's modules name them, by stage; beside these the linears, and the modules themselves.
 FUNCTIONS = {
@@ -96,13 +98,18 @@ def watched(model: StreamingUpscaler, watch: Stopwatch) -> Iterator[None]:
 
 
 def stage_times(stream: Stream, chunks: int) -> dict[str, float]:
-    """Median seconds of each of STAGES over some eager chunks. On a GPU two replayed chunks run ahead of
-    each, so that it is the device's time, not the launches', and the clock is that of a card under load.
+    """Median seconds of each of STAGES over some eager chunks. On a GPU two replayed chunks and a quarter of a second
+    of large products run ahead of each, so that it is the device's time, not the launches', and the clock is that
+    of a card under load.
     """
     found, graphs = [], stream.state.graphs
+    ahead = []
+    if graphs is not None:
+        product, flop = gemm(stream.device, stream.case.dtype)
+        ahead = [stream.push] * 2 + [product] * round(AHEAD / flop)
     for _ in range(chunks):
-        for _ in range(0 if graphs is None else 2):
-            stream.push()
+        for call in ahead:
+            call()
         stream.state.graphs = None
         watch = Stopwatch(stream.device)
         try:

@@ -212,6 +212,8 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_upscaler, "first_line", lambda *_: "")
     monkeypatch.setattr(bench_upscaler, "random_model", lambda *given: random_model(*given[:2], "cpu"))
     monkeypatch.setattr(bench_upscaler, "yardstick", lambda bound, _, dtype: yardstick(bound, "cpu", dtype))
+    products = []
+    monkeypatch.setattr(upscaler_stages, "gemm", lambda *_: (lambda: products.append(1), 2 * 8192 ** 3))
     path = tmp_path / "a.json"
     assert bench_upscaler.main(["--device", "cuda", "--dtype", "fp32", *SMALL, "--json", str(path)]) == 0
     row, = json.loads(path.read_text())["rows"]
@@ -223,6 +225,7 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch, capsys, tmp_path):
     assert "peak 3.00 GiB allocated, 4.00 reserved; weights 1.00" in printed
     # Warming up; each clip's last chunk; steady, 5 before, 3 timed, 4 behind; two before each eager chunk.
     assert Graphs.runs == 4 + 3 + (5 + 3 + 4) + 2 * bench_upscaler.CHUNKS
+    assert len(products) == 164 * bench_upscaler.CHUNKS  # before each of these, too
 
 
 def test_alike_pixels_fail_the_run(monkeypatch, capsys):
