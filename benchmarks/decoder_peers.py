@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashvsr_kernels import backends
+from flashvsr_kernels import backends, conv3x3
 
 from . import plain
 from .decoder_cases import BYTES, Case, Inputs, inputs, ours
@@ -38,10 +38,15 @@ class Contestant:
 
 
 def peers(case: Case, device: str) -> list[str]:
-    """Of PyTorch's own, the one that ratios are of first."""
+    """Of PyTorch's own, the one that ratios are of first, and another form of ours."""
     library = {"cuda": "cudnn", "cpu": "onednn"}[device]
-    return [name if name.startswith(("torch", "im2col")) else f"{library}{name}" for name in _PEERS[case.op]
-            if name not in ("-cat", "-split") or case.op == "causal_conv3d" or case.has("past")]
+
+    def applies(name: str) -> bool:
+        if name == "hopper-kept":
+            return device == "cuda" and case.has("past")
+        return name not in ("-cat", "-split") or case.op == "causal_conv3d" or case.has("past")
+    return [name if name.startswith(("torch", "im2col", "hopper")) else f"{library}{name}"
+            for name in _PEERS[case.op] if applies(name)]
 
 
 def contestant(name: str, case: Case, sets: list[Inputs]) -> tuple[Tensor, Contestant]:
@@ -102,6 +107,17 @@ def _conv_cat(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual: T
 def _conv_split(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual: None) -> Call:
     now, before = (half.contiguous(memory_format=torch.channels_last) for half in weight.chunk(2, 1))
     return lambda: plain.conv_relu(x, now, bias, plain.conv(past, before))
+
+
+def _conv_kept(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor, residual: None) -> Call:
+    """Ours in the other form: not past is kept but its half of the sum, so that this step makes its own half too."""
+    now, before = (half.contiguous(memory_format=torch.channels_last) for half in weight.chunk(2, 1))
+    kept = conv3x3(past, before, backend="hopper")
+
+    def run() -> Tensor:
+        conv3x3(x, before, backend="hopper")
+        return conv3x3(x, now, bias, residual=kept, relu=True, backend="hopper")
+    return run
 
 
 def _conv_unfused(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None,
@@ -170,7 +186,8 @@ def _resized(frames: Tensor) -> Call:
 
 # Names are behind the library's, but for those of PyTorch's other operators.
 _PEERS: dict[str, dict[str, Callable[..., Call]]] = {
-    "conv3x3": {"": _conv, "-cat": _conv_cat, "-split": _conv_split, "-unfused": _conv_unfused},
+    "conv3x3": {"": _conv, "-cat": _conv_cat, "-split": _conv_split, "-unfused": _conv_unfused,
+                "hopper-kept": _conv_kept},
     "upsample_conv": {"": _grown, "-conv": _grown_conv},
     "causal_conv3d": {"": _conv3d, "-cat": _conv3d_cat, "im2col": _im2col},
     "rgb_conv": {"": _rgb}, "rgb_head": {"": _head}, "adain_uint8": {"torch": _matched}, "enlarge": {"torch": _resized}}

@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_mask import BLOCK
 from .block_mask_triton import transpose_lists
 from .sparse_attn_backward import prepare, readable
-from .sparse_attn_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, _barrier, _descriptor, _load, _store
+from .sparse_attn_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, _barrier, _descriptor, _load, _meet, _store
 
 ROWS = gl.constexpr(64)    # queries of a step of the dk, dv pass: both sums leave no registers for more
 STAGES = gl.constexpr(3)   # slots of its ring
@@ -186,6 +186,7 @@ def _dkv_consumer(W: gl.constexpr, dk_desc, dv_desc, count, order, scale, c, H, 
     k.store((dk * scale).to(k.dtype))
     v.store(dv.to(v.dtype))
     fence_async_shared()
+    _meet()
     _store(dk_desc, [batch, row + W * 64, head, 0], k_tile.index(W))
     _store(dv_desc, [batch, row + W * 64, head, 0], v_tile.index(W))
     tma.store_wait(0)
@@ -284,6 +285,7 @@ def _dq_consumer(W: gl.constexpr, dq_desc, lse2, delta, index, count, order, sca
         _free(j & 1)
     q.store((dq * scale).to(q.dtype))
     fence_async_shared()
+    _meet()
     _store(dq_desc, [batch, row + W * 64, head, 0], q_tile.index(W))
     tma.store_wait(0)
 

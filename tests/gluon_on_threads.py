@@ -157,7 +157,7 @@ class Program:
 
     def load(self, desc, at, barrier, target):
         width = desc.layout.swizzle_byte_width
-        assert target.offset * 2 % max(8 * width, 128) == 0, "TMA writes to a swizzled pattern's begin"
+        assert target.offset * target.dtype.itemsize % max(8 * width, 128) == 0, "TMA writes to a swizzled pattern's begin"
         assert target.size == math.prod(desc.block_shape)
         thread = _thread()
         assert not thread.unmet and not any(target.overlaps(source) for source, _ in thread.stores)
@@ -167,7 +167,7 @@ class Program:
             there, here = desc.inside(at)
             box[here] = desc.pixels[there]
             target.values().copy_(box.view(target.shape))
-            self.count(barrier, arrived=target.size * 2)
+            self.count(barrier, arrived=target.size * target.dtype.itemsize)
         with self.changed:
             barrier.loads.append(copy) if self.late == "copies" else copy()
             self.changed.notify_all()
@@ -338,22 +338,23 @@ def _as_python(module, **others):
 
 
 class Launcher:
-    """Stands for a jitted kernel of a module: kernel[grid](...) runs a few programs one after the other.
+    """Stands for a jitted kernel of a module: kernel[grid](...) runs programs one after the other.
 
-    late: as in Program    others: functions that stand for the module's of those names
+    late: as in Program    programs: how many, of a kernel whose programs share the work out; None: as many as it asks
+    others: functions that stand for the module's of those names
     """
 
     def __init__(self, module, name, late, programs=3, **others):
         self.function, self.late, self.programs = _as_python(module, **others)[name], late, programs
 
     def __getitem__(self, grid):
-        return self._run
+        return partial(self._run, self.programs or grid[0])
 
-    def _run(self, *arguments, num_warps, **constants):
+    def _run(self, programs, *arguments, num_warps, **constants):
         arguments = [Descriptor(x) if isinstance(x, TensorDescriptor) else
                      Pointer(x.flatten()) if isinstance(x, torch.Tensor) else x for x in arguments]
-        for number in range(self.programs):
-            program = Program(number, self.programs, self.late, number)
+        for number in range(programs):
+            program = Program(number, programs, self.late, number)
             main = _partition(program, "program", 4, partial(self.function, **constants), arguments)
             main.start()
             main.join()

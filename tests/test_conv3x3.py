@@ -94,6 +94,18 @@ def test_folding_keeps_the_rule(dtype, T):
     assert errors[0].square().mean().sqrt() <= 2 * errors[1].square().mean().sqrt() + 1e-5
 
 
+@pytest.mark.parametrize("device, dtype, steps", [
+    ("cpu", torch.float32, 64), pytest.param("cuda", torch.bfloat16, 2, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
+def test_past_may_be_kept_as_its_half_of_the_sum(device, dtype, steps):
+    """conv(cat(x, past)) is conv(x) + conv(past), but for some rounding steps: in float32 the sum's too."""
+    x, weight, options = inputs(2, 9, 7, 64, 64, tail=False, device=device, dtype=dtype)
+    now, before = (half.contiguous(memory_format=torch.channels_last) for half in weight.chunk(2, 1))
+    half = conv3x3(options["past"], before)
+    whole = conv3x3(x, weight, past=options["past"], relu=True)
+    error = (conv3x3(x, now, residual=half, relu=True).double() - whole.double()).abs().max()
+    assert error <= steps * torch.finfo(dtype).eps * max(half.abs().max(), whole.abs().max())
+
+
 @pytest.mark.parametrize("upsample", [1, 2])
 @pytest.mark.parametrize("past", [False, True], ids=["alone", "past"])
 @pytest.mark.parametrize("tail", [False, True], ids=["bare", "bias+residual+relu"])

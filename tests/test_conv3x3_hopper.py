@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -24,7 +23,7 @@ from flashvsr_kernels.aot_launches import meta
 from tests import gluon_on_threads
 from tests.error_rule import check
 from tests.gluon_on_threads import Launcher
-from tests.other_work import other_work
+from tests.other_work import changed, with_and_without_others
 from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
@@ -299,22 +298,15 @@ def test_compiled_without_a_gpu():
 
 
 @needs_hopper
-@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@with_and_without_others
 @pytest.mark.parametrize("shape", [*REAL.values(), *FOLDED.values()],
                          ids=[*REAL.keys(), *(f"enlarged {name}" for name in FOLDED)])
 def test_same_bits_500_times(tiles, shape, others):
-    """Launches back to back, four at a time: some of the results have 1.1 GB, and tests run side by side."""
     if len(shape) == 6:
         launch = partial(conv3x3_hopper.upsample_conv, *make_folded("cuda", *shape[:5], T=shape[5]))
     else:
         launch = partial(conv3x3_hopper.conv3x3, *real("cuda", *shape))
-    wanted, changed = launch(), torch.zeros((), dtype=torch.int64, device="cuda")
-    with other_work(others) if others else nullcontext():
-        for _ in range(125):
-            for out in [launch() for _ in range(4)]:
-                changed += (out != wanted).any()
-        changed = changed.item()
-    assert changed == 0
+    assert changed(launch, others, held=4) == 0  # some of the results have 1.1 GB, and tests run side by side
 
 
 @needs_hopper

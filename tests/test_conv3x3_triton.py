@@ -1,5 +1,4 @@
 """The Triton convolutions against float64: in the interpreter on CPU tensors, and on a GPU."""
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ pytest.importorskip("triton", "3.6")
 from flashvsr_kernels import _triton, conv3x3_triton, reference
 from tests import interpreter
 from tests.error_rule import check
-from tests.other_work import other_work
+from tests.other_work import changed, with_and_without_others
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,21 +178,13 @@ def test_real_shapes(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@with_and_without_others
 @pytest.mark.parametrize("shape", [REAL["A"], REAL["D"], REAL["compact"]], ids=["A", "D", "compact"])
 def test_same_bits_500_times(shape, others):
-    """Launches back to back, ten at a time."""
     N, H, W, C, O = shape
     call, folded = make("cuda", *shape), make_folded("cuda", N, H // 2, W // 2, C, O)
     launches = (lambda: conv3x3_triton.conv3x3(*call)), (lambda: conv3x3_triton.upsample_conv(*folded))
-    wanted = [launch() for launch in launches]
-    changed = torch.zeros((), dtype=torch.int64, device="cuda")
-    with other_work(others) if others else nullcontext():
-        for launch, expected in zip(launches, wanted):
-            for _ in range(50):
-                for out in [launch() for _ in range(10)]:
-                    changed += (out != expected).any()
-    assert changed.item() == 0
+    assert [changed(launch, others) for launch in launches] == [0, 0]
 
 
 @pytest.mark.gpu

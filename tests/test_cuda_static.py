@@ -17,7 +17,9 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 pytestmark = [pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
               pytest.mark.skipif(not SOURCES, reason="not run from a source tree")]
-REGISTERS = {"sparse_attn": 255}  # of a thread: two blocks of 128 threads share 65536
+# Of a thread, by D. With 128 it is all there are, and two blocks of 128 threads share 65536: there the gate is that
+# nothing spills. With 64 it is 203 to 223, by architecture.
+REGISTERS = {"sparse_attn": {128: 255, 64: 232}}
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
@@ -27,10 +29,11 @@ def test_resources(source, arch, tmp_path):
                source, "-o", tmp_path / "out.cubin"]
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    kernels = re.findall(r"Compiling entry function '\w*ILb[01]ELi(\d+)E\w*'.*?"
+                         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
                          r".*?Used (\d+) registers",
                          told.stderr, re.S)
-    assert len(kernels) == 4  # bf16 and fp16, D 64 and 128
-    for stack, stores, loads, registers in kernels:
+    assert sorted(D for D, *_ in kernels) == ["128", "128", "64", "64"]  # bf16 and fp16
+    for D, stack, stores, loads, registers in kernels:
         assert (stack, stores, loads) == ("0", "0", "0")
-        assert int(registers) <= REGISTERS[source.stem]
+        assert int(registers) <= REGISTERS[source.stem][int(D)]

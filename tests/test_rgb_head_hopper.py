@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", "3.6")
 from flashvsr_kernels import backends, conv3x3_hopper, reference, rgb_head, rgb_head_hopper
 from tests import interpreter
 from tests.error_rule import check
-from tests.other_work import other_work
+from tests.other_work import changed, with_and_without_others
 from tests.test_conv3x3_hopper import device, needs_hopper  # noqa: F401: a fixture
 from tests.test_conv3x3_triton import NAN, among
 from tests.test_rgb_head import make
@@ -121,16 +121,11 @@ def test_whole_op(size, box, dtype):
 
 
 @needs_hopper
-@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@with_and_without_others
 def test_same_bits_500_times(others):
     call = make("cuda", 1, 384, 704, 128, 128, 128, BF16)
     launch = partial(rgb_head, *call, out_dtype=torch.float32, backend="hopper")
-    wanted, changed = launch(), torch.zeros((), dtype=torch.int64, device="cuda")
-    with other_work(others):
-        for _ in range(500):
-            changed += sum((a != b).any() for a, b in zip(launch(), wanted))
-        changed = changed.item()
-    assert changed == 0
+    assert changed(launch, others) == 0
 
 
 def test_refusals():

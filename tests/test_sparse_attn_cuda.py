@@ -6,6 +6,7 @@ import torch
 
 from flashvsr_kernels import BlockMask, _native
 from tests.error_rule import check_attention
+from tests.other_work import changed, with_and_without_others
 
 REFUSAL = _native.cuda_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))]
@@ -16,9 +17,9 @@ SHAPES = {"whole blocks": (256, 384, 128), "partial blocks": (300, 515, 128), "o
           "many D 64": (1024, 4096, 64)}
 
 
-def call(q, k, v, mask, scale=None, **changed):
+def call(q, k, v, mask, scale=None, **instead):
     lists = BlockMask.from_dense(mask)
-    lists = {"index": lists.index, "count": lists.count, "order": lists.order} | changed
+    lists = {"index": lists.index, "count": lists.count, "order": lists.order} | instead
     return torch.ops.flashvsr.sparse_attn_cuda(q, k, v, *lists.values(),
                                                q.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -125,26 +126,37 @@ def test_maximum_in_the_last_block(dtype):
     check(*call(q, k, v, mask), q, k, v, mask)
 
 
-def test_same_bits_again():
+@with_and_without_others
+def test_same_bits_500_times(others):
     q, k, v, mask = make(1024, 2048, 128, torch.bfloat16)
-    first = call(q, k, v, mask)
-    for _ in range(20):
-        for got, wanted in zip(call(q, k, v, mask), first):
-            assert torch.equal(got, wanted)
+    assert changed(lambda: call(q, k, v, mask), others) == 0
 
 
 def test_current_stream_and_graph():
     q, k, v, mask = make(512, 1024, 128, torch.bfloat16)
-    lists = BlockMask.from_dense(mask)
-    wanted, _ = call(q, k, v, mask)
+    held = BlockMask.from_dense(mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = torch.ops.flashvsr.sparse_attn_cuda(q, k, v, lists.index, lists.count, lists.order,
-                                                         128 ** -0.5)
-    out.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, wanted)
+        out, lse = torch.ops.flashvsr.sparse_attn_cuda(q, k, v, held.index, held.count, held.order, 128 ** -0.5)
+    for other in (mask, ~mask, torch.ones_like(mask)):
+        lists = BlockMask.from_dense(other)
+        for mine, new in zip((held.index, held.count, held.order), (lists.index, lists.count, lists.order)):
+            mine.copy_(new)
+        out.fill_(NAN), lse.fill_(NAN)
+        graph.replay()
+        for got, wanted in zip((out, lse), call(q, k, v, other)):
+            assert torch.equal(got, wanted)
+
+
+def test_offsets_beyond_32_bits():
+    """Batches, and rows, more than 2^31 elements apart."""
+    q, k, v, mask = make(300, 300, 64, torch.bfloat16, B=2, H=2)
+    for strides in ((2 ** 31, 128, 64, 1), (64 * 300, 7_400_000, 64 * 300 * 2, 1)):
+        for at, x in enumerate((q, k, v)):
+            far, views = torch.empty(2 ** 31 + 2 ** 26, dtype=q.dtype, device="cuda"), [q, k, v]
+            views[at] = far.as_strided(x.shape, strides).copy_(x)
+            for got, wanted in zip(call(*views, mask), call(q, k, v, mask)):
+                assert torch.equal(got, wanted)
 
 
 BAD = {

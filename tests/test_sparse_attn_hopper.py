@@ -6,7 +6,6 @@ import inspect
 import linecache
 import math
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from flashvsr_kernels import BlockMask, backends, sparse_attn, sparse_attn_hoppe
 from tests import gluon_on_threads
 from tests.error_rule import check_attention
 from tests.gluon_on_threads import Launcher
-from tests.other_work import other_work
+from tests.other_work import changed, with_and_without_others
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
 REFUSAL = backends()["sparse_attn"]["hopper"]
@@ -267,19 +266,12 @@ def test_programs_that_serve_many_tiles_run_some_again(Lk, every):
 
 
 @needs_hopper
-@pytest.mark.parametrize("others", [0, 3], ids=["alone", "other work on the card"])
+@with_and_without_others
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_same_bits_500_times(dtype, others):
     q, k, v, mask = make(1, 8448, 4096, 4, dtype=dtype)
     q[:, ::300] *= 20  # some blocks run again
-    wanted, changed = call(q, k, v, mask), torch.zeros((), dtype=torch.int64, device="cuda")
-    with other_work(others) if others else nullcontext():
-        for _ in range(50):
-            for got in [call(q, k, v, mask) for _ in range(10)]:
-                for one, first in zip(got, wanted):
-                    changed += (one != first).any()
-        changed = changed.item()
-    assert changed == 0
+    assert changed(lambda: call(q, k, v, mask), others) == 0
 
 
 @needs_hopper
