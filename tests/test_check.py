@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_attention, check, machine, peers
+from benchmarks import bench_attention, check, decoder_peers, machine, peers
 from benchmarks.static_facts import gate_static
 from flashvsr_kernels import _native
 
@@ -107,3 +107,20 @@ def test_committed_figures_are_those_that_are_gated():
     for name, entry in figures.items():
         assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
         assert all(ratio > 0 for ratio in entry["ratios"].values()), name
+
+
+KINDS = {"upscaler": lambda row: {"whole", "steady", "memory", "floor"} <= row.keys(),
+         "attention": lambda row: row["case"].startswith(("fwd/", "bwd/")) and row["us"] > 0,
+         "decoder": lambda row: row["case"].split("/")[0] in {*decoder_peers._PEERS, "decoder", "projector"} and row["us"] > 0}
+FIGURES = [path for path in check.RESULTS.glob("*_h[0-9]*.json")]
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_committed_figures_are_of_what_their_name_says(path):
+    """A kind, a GPU, and perhaps a picture's size or a sparse ratio; the commit is told."""
+    kind, gpu, *what = path.stem.split("_")[0:1] + path.stem.partition("_h")[2].split("_")
+    document = json.loads(path.read_text())
+    assert document["rows"] and all(map(KINDS[kind], document["rows"]))
+    assert document["machine"]["gpu"].startswith(f"NVIDIA H{gpu}") and document["machine"]["commit"]
+    for word in what:
+        assert word == "large" or all(word in row["case"] for row in document["rows"])

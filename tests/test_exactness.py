@@ -53,9 +53,11 @@ def test_decoder_in_bf16(device, frames):
     assert len(got) == 4 * (6 + 2 * 2) and psnr(got, wanted) >= 50
 
 
-def make_block(dtype, device):
-    """One block of the official size with drawn weights, what it is given, and a ring with three slices in it."""
-    config, generator = PRESETS["v1.1"], torch.Generator().manual_seed(0)
+def make_block(dtype, device, layer):
+    """One block, what it is given, and a ring with three slices in it. layer: of compact; None: of the official size
+    with drawn weights
+    """
+    config, generator = PRESETS["v1.1" if layer is None else "compact"], torch.Generator().manual_seed(0)
     block = Block(config, 0)
 
     def drawn(shape, scale=1.0):
@@ -63,6 +65,10 @@ def make_block(dtype, device):
     for name, p in block.named_parameters():
         fan_in = p.shape[-1] if p.ndim == 2 and "modulation" not in name else 1
         p.data = drawn(p.shape, 0.1 if fan_in == 1 else fan_in ** -0.5) + (1.0 if "norm" in name else 0.0)
+    if layer is not None:
+        trained = load_upscaler(device=device, dtype=torch.bfloat16).dit.blocks[layer]
+        for p, value in zip(block.parameters(), trained.parameters(), strict=True):
+            p.data = value.to(dtype)
     rows, cols, L = 16, 24, 2 * 16 * 24  # tokens of a slice
     tables = tuple(rope_table(torch.arange(n), pairs).to(device)
                    for n, pairs in zip((2, rows, cols), config.rope_split))
@@ -83,17 +89,18 @@ def run(block, call):
 
 
 @pytest.mark.gpu
-def test_block_in_bf16():
+@pytest.mark.parametrize("layer", [None, *range(PRESETS["compact"].num_layers)])
+def test_block_in_bf16(layer):
     """All kernels of a block together: at most twice the error of plain PyTorch in bf16, against float64."""
     with torch.no_grad(), plain.references():
-        block, call = make_block(torch.float64, "cuda")
+        block, call = make_block(torch.float64, "cuda", layer)
         with plain.masks_recorded() as masks:
             exact = run(block, call)
-        block, call = make_block(torch.bfloat16, "cuda")
+        block, call = make_block(torch.bfloat16, "cuda", layer)
         with plain.masks_imposed(masks):
             native = run(block, call)
     assert 0 < masks[0].density() < 1
-    block, call = make_block(torch.bfloat16, "cuda")
+    block, call = make_block(torch.bfloat16, "cuda", layer)
     with torch.no_grad(), plain.masks_imposed(masks):
         ours = run(block, call)
     for name, *results in zip(("stream", "normed"), ours, native, exact):
