@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashvsr_kernels import (backends, gated_add_norm, layer_norm_modulate, linear_gelu, qkv_norm_rope, rms_norm,
-                              rope_table)
+from flashvsr_kernels import (backends, gated_add, gated_add_norm, layer_norm_modulate, linear_gelu, qk_norm_rope,
+                              qkv_norm_rope, rms_norm, rope_table)
 from flashvsr_model import PRESETS
 from flashvsr_model.config import PATCH, SLICE_FRAMES, FlashVSRConfig
 
@@ -65,14 +65,18 @@ class Case:
         if self.op == "linear_gelu":
             weight, bias = rand(self.config.ffn_dim, C, scale=C ** -.5), rand(self.config.ffn_dim)
             return lambda: linear_gelu(x, weight, bias, backend=backend)
-        if self.op == "qkv_norm_rope":
-            qkv, (height, width) = rand(1, self.tokens, 3 * C), (side // PATCH for side in self.size)
+        if self.op in ("qkv_norm_rope", "qk_norm_rope"):
+            height, width = (side // PATCH for side in self.size)
             tables = tuple(rope_table(torch.arange(n), pairs).to(device) for n, pairs in
                            zip((SLICE_FRAMES // 4, height, width), self.config.rope_split))
             k, v = (x.new_empty(1, self.tokens, self.config.num_heads, self.config.head_dim) for _ in "kv")
+            if self.op == "qk_norm_rope":
+                return lambda: qk_norm_rope(x, vectors[0], tables, self.config.head_dim, out=k, backend=backend)
+            qkv = rand(1, self.tokens, 3 * C)
             return lambda: qkv_norm_rope(qkv, *vectors[:2], tables, self.config.head_dim, out=(k, v), backend=backend)
         return {"rms_norm": lambda: rms_norm(x, vectors[0], backend=backend),
                 "layer_norm_modulate": lambda: layer_norm_modulate(x, *vectors[:2], backend=backend),
+                "gated_add": lambda: gated_add(x, y, vectors[0], backend=backend),
                 "gated_add_norm": lambda: gated_add_norm(x, y, *vectors, backend=backend)}[self.op]
 
 
@@ -80,7 +84,8 @@ def grid(device: str, picture: str | None = None) -> list[Case]:
     usual, preset, dtype = SHAPE[device]
     height, width = (int(side) for side in (picture or usual).split("x"))
     return [Case(op, tensors, PRESETS[preset], (height, width), dtype) for op, tensors in (
-        ("rms_norm", 2), ("layer_norm_modulate", 2), ("gated_add_norm", 4), ("qkv_norm_rope", 6), ("linear_gelu", 0))]
+        ("rms_norm", 2), ("layer_norm_modulate", 2), ("gated_add", 3), ("gated_add_norm", 4), ("qk_norm_rope", 2),
+        ("qkv_norm_rope", 6), ("linear_gelu", 0))]
 
 
 @torch.no_grad()
@@ -105,6 +110,11 @@ def run(case: Case, device: str, seconds: float) -> list[dict]:
     return rows
 
 
+def wrong(rows: list[dict]) -> list[str]:
+    return [f"{row['case']}/{row['contestant']}: error {row['error']}" for row in rows
+            if not row.get("error", 0) <= WORST]
+
+
 def _tensors(results: Results) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
@@ -127,10 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(map(line, rows)), flush=True)
         if args.json:
             save(args.json, document)
-    wrong = [row for row in document["rows"] if not row.get("error", 0) <= WORST]
-    for row in wrong:
-        print(f"WRONG: {line(row)}")
-    return 1 if wrong else 0
+    for one in wrong(document["rows"]):
+        print(f"WRONG: {one}")
+    return 1 if wrong(document["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Have attention and the decoder's calls become slower than what is committed? Exit 1 if so.
+"""Have attention, the decoder's calls, a block's or the whole model become slower than what is committed? Exit 1 if so.
 
     python -m benchmarks.check            --update records this machine's figures instead
 
-Four gates. Three of ratios measured in turn in one run, against those committed for this GPU, or on a machine
+Five gates. Four of ratios measured in turn in one run, against those committed for this GPU, or on a machine
 without one for the C++ ops on one thread of a CPU with these instructions: attention's ideal time to its time
-(bench_attention); the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of ours
-(bench_decoder); and of the whole model's steady chunk the floor to its time (bench_upscaler). And what the
-compilers made of the Triton and Gluon kernels (registers, shared memory, spills, wgmma and TMA), which needs
-Triton but no GPU. What has no committed figures, or on a GPU those of other versions of torch or Triton, is
-reported, not gated.
+(bench_attention); the time of cuDNN's (oneDNN's) convolutions, or of PyTorch's operators for pixels, to that of
+ours (bench_decoder); on a GPU the reference's time to ours of what surrounds attention in a block (bench_block);
+and of the whole model's steady chunk the floor to its time (bench_upscaler). And what the compilers made of the
+Triton and Gluon kernels (registers, shared memory, spills, wgmma and TMA), which needs Triton but no GPU. What has
+no committed figures, or on a GPU those of other versions of torch or Triton, is reported, not gated.
 """
 import argparse
 import json
@@ -21,14 +21,14 @@ import torch
 
 from flashvsr_kernels import aot
 
-from . import (bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
+from . import (bench_block, bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
                upscaler_stream)
 from .bench_attention import BACKENDS, line, run, save
 from .cases import Case, grid
 from .peers import OURS
 from .static_facts import gate_static, static_facts
 
-PARTS = ("ratios", "decoder", "upscaler", "static")
+PARTS = ("ratios", "decoder", "block", "upscaler", "static")
 RESULTS = Path(__file__).parent / "results"
 Ratios = Callable[[str, float], tuple[dict[str, float], list[str]]]
 # A ratio within a run repeats within 3 % on one H100, between cards of one name by a little more; 8 % is
@@ -72,6 +72,20 @@ def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[
                   if peer in row.get("of_peer", {})}
         wrong += [f"{row['case']}/{row['contestant']}: {row.get('refused', 'error ' + str(row.get('error')))}"
                   for row in bench_decoder.wrong(rows, refused, bench_decoder.WORST)]
+    return found, wrong
+
+
+def block_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
+    """The reference's time over that of each "case/backend" of ours that runs here, and what was wrong with results;
+    nothing on a CPU, where the reference is all there is.
+    """
+    found, wrong = {}, []
+    for case in bench_block.grid(device) if device == "cuda" else []:
+        rows = bench_block.run(case, device, seconds)
+        print("\n".join(map(bench_decoder.line, rows)), flush=True)
+        found |= {f"{row['case']}/{row['contestant']}": row["of_peer"]["reference"] for row in rows
+                  if "of_peer" in row and row["contestant"] != "reference"}
+        wrong += bench_block.wrong(rows)
     return found, wrong
 
 
@@ -155,9 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="record figures instead of gating")
     parser.add_argument("--commit", default=machine.commit(), help="to record, where there is no git")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="some gates alone: "
-                        "ratios of attention, the decoder, the whole model, or the compilers' facts")
+                        "ratios of attention, the decoder, what surrounds attention in a block (on a GPU), the whole "
+                        "model, or the compilers' facts")
     parser.add_argument("--baseline", type=Path, default=RESULTS / "attention_ratios.json")
     parser.add_argument("--decoder-baseline", type=Path, default=RESULTS / "decoder_ratios.json")
+    parser.add_argument("--block-baseline", type=Path, default=RESULTS / "block_ratios.json")
     parser.add_argument("--upscaler-baseline", type=Path, default=RESULTS / "upscaler_ratios.json")
     parser.add_argument("--static", type=Path, default=RESULTS / "static.json")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
@@ -169,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     record = args.commit if args.update else None
     for part, measured, path in (("ratios", ratios, args.baseline),
                                  ("decoder", decoder_ratios, args.decoder_baseline),
+                                 ("block", block_ratios, args.block_baseline),
                                  ("upscaler", upscaler_ratios, args.upscaler_baseline)):
         if part in args.part:
             worse += check_ratios(measured, device, args.seconds, path, record)
