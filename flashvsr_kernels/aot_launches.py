@@ -81,10 +81,10 @@ def _projector(op: str, module: str) -> Iterator[tuple[str, Callable[[], object]
 
 def _pixels(module: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Both ends of the model, and the compact one's, whose picture is part of what is decoded."""
-    for dtype, T, size in ((torch.uint8, 1, 16), (torch.uint8, 4, 8), (torch.bfloat16, 4, 8)):
+    for dtype, T, size, bound in ((torch.uint8, 1, 16, None), (torch.uint8, 4, 8, 3.0), (torch.bfloat16, 4, 8, 3.0)):
         out = meta(torch.bfloat16, 1, 768 // size, 1408 // size, 3 * T * size ** 2 + 16)[..., :-16]
         yield (f"pixel_unshuffle {dtype} {size}",
-               partial(_launch, module, "pixel_unshuffle", meta(dtype, 1, T, 768, 1408, 3), size, out))
+               partial(_launch, module, "pixel_unshuffle", meta(dtype, 1, T, 768, 1408, 3), size, bound, out))
     yield "enlarge", partial(_launch, module, "enlarge", meta(torch.uint8, 8, 192, 352, 3))
     moments = meta(torch.float64, 4, 2, 3)
     for dtype, C, height, width in ((torch.bfloat16, 128, 768, 1408), (torch.float16, 128, 768, 1408),

@@ -32,12 +32,13 @@ def enlarge(frames: Tensor, *, return_moments: bool = False,
     return (large, moments) if return_moments else large
 
 
-def pixel_unshuffle(frames: Tensor, size: int, *, dtype: torch.dtype | None = None, out: Tensor | None = None,
-                    backend: str | None = None) -> Tensor:
+def pixel_unshuffle(frames: Tensor, size: int, *, bound: float | None = None, dtype: torch.dtype | None = None,
+                    out: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Cells of size x size pixels, of all frames that go together, as one pixel of many channels.
 
     frames: (N, T, H, W, 3), any strides, H and W multiples of size: uint8, of which level / 127.5 - 1 is taken, or
        floating, taken as they are
+    bound: of these values, bound * tanh(value / bound) is given; positive, None: the values
     dtype: of the result, frames' if None; floating
     out: (N, H / size, W / size, 3 * T * size^2) of that dtype to write into, its channels contiguous, such as a part of
        the channels of a larger tensor; allocated if None
@@ -50,6 +51,8 @@ def pixel_unshuffle(frames: Tensor, size: int, *, dtype: torch.dtype | None = No
         raise ValueError(f"frames must be (N, T, H, W, 3) with H and W multiples of {size}, got {tuple(frames.shape)}")
     if frames.dtype != torch.uint8 and not frames.is_floating_point():
         raise ValueError(f"frames must be uint8 or floating, got {frames.dtype}")
+    if bound is not None and not bound > 0:
+        raise ValueError(f"bound must be positive or None, got {bound}")
     if torch.is_grad_enabled() and frames.requires_grad:
         raise ValueError("frames must not require gradients: pixel_unshuffle has none")
     N, T, H, W, _ = frames.shape
@@ -61,7 +64,7 @@ def pixel_unshuffle(frames: Tensor, size: int, *, dtype: torch.dtype | None = No
                          f"{tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}")
     if not out.is_floating_point():
         raise ValueError(f"dtype must be floating, got {out.dtype}")
-    torch.ops.flashvsr.pixel_unshuffle_into(frames, size, out, backend)
+    torch.ops.flashvsr.pixel_unshuffle_into(frames, size, bound, out, backend)
     return out
 
 
@@ -144,9 +147,9 @@ def _enlarge_triton(frames: Tensor) -> tuple[Tensor, Tensor]:
     return pixels_triton.enlarge(frames)
 
 
-def _unshuffle_triton(frames: Tensor, size: int, out: Tensor) -> None:
+def _unshuffle_triton(frames: Tensor, size: int, bound: float | None, out: Tensor) -> None:
     from . import pixels_triton
-    pixels_triton.pixel_unshuffle(frames, size, out)
+    pixels_triton.pixel_unshuffle(frames, size, bound, out)
 
 
 def _rgb_conv_triton(*call: Tensor | list[int] | torch.dtype | bool) -> tuple[Tensor, Tensor]:
@@ -221,9 +224,8 @@ _lib.define("adain_uint8(Tensor rgb, Tensor moments, Tensor source_moments, Scal
             "bool truncate, str? backend) -> Tensor")
 
 
-define("pixel_unshuffle_into", "Tensor frames, int size, Tensor(a!) out, str? backend", "()",
-       lambda frames, size, out, backend: pick("pixel_unshuffle", backend, frames, out).run(frames, size, out),
-       lambda frames, size, out, backend: None)
+define("pixel_unshuffle_into", "Tensor frames, int size, float? bound, Tensor(a!) out, str? backend", "()",
+       lambda *call: pick("pixel_unshuffle", call[4], call[0], call[3]).run(*call[:4]), lambda *_: None)
 
 
 @torch.library.impl(_lib, "enlarge", "CompositeExplicitAutograd")

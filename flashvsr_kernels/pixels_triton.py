@@ -46,16 +46,16 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:
     return out, means(parts, 16 * h * w, 255)
 
 
-def pixel_unshuffle(frames: Tensor, size: int, out: Tensor) -> None:
+def pixel_unshuffle(frames: Tensor, size: int, bound: float | None, out: Tensor) -> None:
     """Writes out, as the public function does; checks nothing."""
     (N, T, _, _, _), (h, w) = frames.shape, out.shape[1:3]
     values = triton.next_power_of_2(T * size ** 2)
     cells = max(1, UNSHUFFLED // values)
     if out.numel():
         with torch.cuda.device_of(frames):
-            _unshuffle[(triton.cdiv(w, cells), h, N)](frames, out, *frames.stride(), *out.stride()[:3], w, S=size, T=T,
-                                                      EIGHT_BIT=frames.dtype == torch.uint8, K=values, G=cells,
-                                                      num_warps=4)
+            _unshuffle[(triton.cdiv(w, cells), h, N)](
+                frames, out, *frames.stride(), *out.stride()[:3], w, bound, S=size, T=T,
+                EIGHT_BIT=frames.dtype == torch.uint8, K=values, G=cells, num_warps=4)
 
 
 def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype: torch.dtype,
@@ -196,7 +196,7 @@ def _enlarge(frames, taps, out, parts, st, sy, sx, sc, h, w, N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["w"])
-def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, S: tl.constexpr, T: tl.constexpr,
+def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, bound, S: tl.constexpr, T: tl.constexpr,
                EIGHT_BIT: tl.constexpr, K: tl.constexpr, G: tl.constexpr):
     """One program makes G cells of a row: for each colour K values, T pictures of S x S pixels."""
     i_y, i_n = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -210,6 +210,8 @@ def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, S: tl.constexp
         b = tl.load(p_frame + i * sc, mask=m, other=0).to(tl.float32)  # [G, K]
         if EIGHT_BIT:
             b = tl.div_rn(b, 127.5) - 1
+        if bound is not None:
+            b = bound - 2 * bound / (tl.exp(b * (2 / bound)) + 1)  # bound * tanh(b / bound)
         tl.store(p_out + i * (T * S * S), b.to(out.dtype.element_ty), mask=m)
 
 

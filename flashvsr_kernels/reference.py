@@ -262,9 +262,11 @@ def bicubic_taps(device: torch.device) -> Tensor:
     return (cubic / cubic.sum(-1, keepdim=True) * 2 ** ROUND).round().int().to(device)
 
 
-def pixel_unshuffle(frames: Tensor, size: int, out: Tensor) -> None:
+def pixel_unshuffle(frames: Tensor, size: int, bound: float | None, out: Tensor) -> None:
     if frames.dtype == torch.uint8:
         frames = frames.float().div_(127.5).sub_(1)
+    if bound is not None:
+        frames = (frames.to(torch.promote_types(frames.dtype, torch.float32)) / bound).tanh_().mul_(bound)
     cells = frames.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 6, 1, 3, 5)
     out.unflatten(3, (3, frames.shape[1], size, size)).copy_(cells)
 

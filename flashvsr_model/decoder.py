@@ -14,7 +14,8 @@ from .config import LATENT_FRAMES, FlashVSRConfig
 from .dit import weight
 from .state import Places
 
-CELL = 8  # pixels of a latent
+CELL = 8      # pixels of a latent
+BOUND = 3.0   # of what the decoder takes, by tanh
 
 
 class MemBlock(nn.Module):
@@ -85,9 +86,8 @@ class Decoder(nn.Module):
         B, _, h, w = latent.shape
         x = latent.new_empty((B, h, w, self.in_weight.shape[1]))
         cells = 3 * LATENT_FRAMES * CELL ** 2
-        pixel_unshuffle(cond, CELL, out=x[..., :cells])
-        x[..., cells:] = latent.permute(0, 2, 3, 1)
-        x = x.div_(3).tanh_().mul(3)
+        pixel_unshuffle(cond, CELL, bound=BOUND, out=x[..., :cells])
+        x[..., cells:] = (latent / BOUND).tanh().mul(BOUND).permute(0, 2, 3, 1)
         x = conv3x3(x, self.in_weight, self.in_bias, relu=True)
         x = conv3x3(x, self.mid_weight, relu=True)
         first, second, third = self.stages

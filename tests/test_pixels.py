@@ -7,6 +7,7 @@ from PIL import Image
 
 from flashvsr_kernels import _native, adain_uint8, color_moments, enlarge, pixel_unshuffle, rgb_conv
 from flashvsr_model.color import match_color
+from tests.error_rule import check
 
 SIZES = [(1, 1), (1, 2), (2, 3), (3, 2), (3, 1), (4, 4), (5, 7), (8, 5), (17, 33), (180, 320)]
 PICTURES = {"random": lambda *size: torch.randint(0, 256, size), "black and white": lambda *size:
@@ -29,12 +30,18 @@ def check_enlarged(call, frames):
     torch.testing.assert_close(moments, color_moments(large.double() / 127.5 - 1), rtol=0, atol=1e-12)
 
 
-def check_unshuffled(call, frames, size, dtype):
-    """PyTorch's own order, levels rounded twice in float32 and then to dtype, on every device."""
-    y = frames.cpu()
-    y = y.float() / 127.5 - 1 if y.dtype == torch.uint8 else y
-    wanted = F.pixel_unshuffle(y.permute(0, 4, 1, 2, 3).flatten(1, 2), size).permute(0, 2, 3, 1).to(dtype)
-    assert torch.equal(call(frames, size).cpu(), wanted)
+def check_unshuffled(call, frames, size, dtype, bound=None):
+    """PyTorch's own order, levels rounded twice in float32 and then to dtype, on every device; with a bound by check."""
+    def plain(frames, kind):
+        y = frames.to(kind) / 127.5 - 1 if frames.dtype == torch.uint8 else frames.to(kind)
+        y = y if bound is None else bound * torch.tanh(y / bound)
+        return F.pixel_unshuffle(y.permute(0, 4, 1, 2, 3).flatten(1, 2), size).permute(0, 2, 3, 1)
+    y, got = frames.cpu(), call(frames, size).cpu()
+    native = plain(y, torch.float32).to(dtype)
+    if bound is None:
+        assert torch.equal(got, native)
+    else:
+        check(got, native, plain(y, torch.float64))
 
 
 def check_rgb(call, x, weight, bias, box, out_dtype):
@@ -100,12 +107,13 @@ def unshuffled_frames(shape, kind):
     return frames.byte() if kind == torch.uint8 else (frames / 127.5 - 1).to(kind)
 
 
+@pytest.mark.parametrize("bound", [None, 3.0, 0.25], ids=["", "bound 3", "bound .25"])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", UNSHUFFLED.values(), ids=UNSHUFFLED.keys())
-def test_pixel_unshuffle(shape, kind):
+def test_pixel_unshuffle(shape, kind, bound):
     dtype = torch.float32 if kind == torch.uint8 else kind
-    check_unshuffled(lambda frames, size: pixel_unshuffle(frames, size, dtype=dtype), unshuffled_frames(shape, kind),
-                     shape[4], dtype)
+    check_unshuffled(lambda frames, size: pixel_unshuffle(frames, size, bound=bound, dtype=dtype),
+                     unshuffled_frames(shape, kind), shape[4], dtype, bound)
     big = torch.full((shape[0], shape[2] // shape[4], shape[3] // shape[4], 3 * shape[1] * shape[4] ** 2 + 7), 9.0)
 
     def into(frames, size):
@@ -116,17 +124,18 @@ def test_pixel_unshuffle(shape, kind):
 
 def test_pixel_unshuffle_as_an_operator():
     frames, out = torch.randint(0, 256, (1, 1, 4, 4, 3)).byte(), torch.empty(1, 2, 2, 12)
-    torch.library.opcheck(torch.ops.flashvsr.pixel_unshuffle_into.default, (frames, 2, out, None))
+    torch.library.opcheck(torch.ops.flashvsr.pixel_unshuffle_into.default, (frames, 2, 3.0, out, None))
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(size=3), r"H and W multiples of 3, got \(1, 2, 4, 8, 3\)"),
     (dict(dtype=torch.int32), "dtype must be floating, got torch.int32"),
+    (dict(bound=0.0), "bound must be positive or None, got 0.0"),
     (dict(out=torch.empty(1, 2, 4, 23)), r"out must be \(1, 2, 4, 24\) .* got \(1, 2, 4, 23\)"),
     (dict(out=torch.empty(1, 2, 4, 48)[..., ::2]), "contiguous channels"),
     (dict(frames=torch.zeros(1, 2, 4, 8, 3).int()), "uint8 or floating, got torch.int32"),
     (dict(frames=torch.zeros(1, 2, 4, 8, 3, requires_grad=True)), "must not require gradients"),
-], ids=["size", "dtype", "shape of out", "strides of out", "integers", "gradients"])
+], ids=["size", "dtype", "bound", "shape of out", "strides of out", "integers", "gradients"])
 def test_bad_unshuffling_is_named(change, message):
     call = dict(frames=torch.zeros(1, 2, 4, 8, 3).byte(), size=2, dtype=torch.float32) | change
     with pytest.raises(ValueError, match=message):

@@ -59,18 +59,19 @@ def test_enlargement_is_pillows(device, size, picture):
     torch.testing.assert_close(moments, close, rtol=1e-15, atol=0)  # PyTorch multiplies by a reciprocal on a GPU
 
 
+@pytest.mark.parametrize("bound", [None, 3.0, 0.25], ids=["", "bound 3", "bound .25"])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", UNSHUFFLED.values(), ids=UNSHUFFLED.keys())
-def test_unshuffling(device, shape, kind):
+def test_unshuffling(device, shape, kind, bound):
     frames = unshuffled_frames(shape, kind).to(device)
 
     def call(frames, size):
         N, T, H, W, _ = frames.shape
         whole = torch.empty(N, H // size, W // size, 3 * T * size ** 2 + 5, device=device, dtype=torch.float16)
-        pixels_triton.pixel_unshuffle(frames, size, whole[..., 2:-3])
+        pixels_triton.pixel_unshuffle(frames, size, bound, whole[..., 2:-3])
         assert whole[..., :2].isnan().all() and whole[..., -3:].isnan().all()
         return whole[..., 2:-3]
-    check_unshuffled(call, frames, shape[4], torch.float16)
+    check_unshuffled(call, frames, shape[4], torch.float16, bound)
 
 
 def test_many_tiles_of_an_enlargement(device, short):
@@ -202,7 +203,7 @@ def test_same_bits_500_times(dtype, others):
         large, source = pixels_triton.enlarge(frames)
         rgb, moments = pixels_triton.rgb_conv(*call)
         matched = pixels_triton.adain_uint8(rgb, moments, source, torch.uint8, False)
-        pixels_triton.pixel_unshuffle(large[None], 8, shuffled)
+        pixels_triton.pixel_unshuffle(large[None], 8, 3.0, shuffled)
         return large, source, rgb, moments, matched, shuffled.clone()
     assert changed(ends, others) == 0
 
