@@ -43,7 +43,11 @@ def _cublas_supports(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return None
 
 
-register("linear_gelu", Backend("cublas", _run_cublas, supports=_cublas_supports),
+def _cublas_available() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA device, or this torch is built without CUDA"
+
+
+register("linear_gelu", Backend("cublas", _run_cublas, _cublas_available, _cublas_supports),
          Backend("reference", reference.linear_gelu))
 define_differentiable(
     "linear_gelu", "Tensor x, Tensor weight, Tensor bias", 1,

@@ -166,6 +166,9 @@ def _check_paths(args: argparse.Namespace) -> None:
             raise UserError(f"--compare {args.compare}: must be a picture in a folder that exists")
         if path.exists() and not args.overwrite:
             raise UserError(f"{args.compare} exists; --overwrite replaces it")
+        for name, other in (("IN", args.source), ("OUT", args.target), ("--truth", args.truth)):
+            if other not in (None, "-") and path.absolute().resolve() == Path(other).absolute().resolve():
+                raise UserError(f"--compare and {name} are the same: {path}")
     elif args.truth or args.compare_frame is not None:
         raise UserError("--truth and --compare-frame need --compare")
     if args.truth and not Path(args.truth).exists():

@@ -49,7 +49,13 @@ def open_folder(folder: Path, start: float, frames: int | None, rate: Fraction) 
         size, unique = None, len({p.stem for p in paths}) == len(paths)
         for number, path in enumerate(paths):
             frame = read_picture(path)
+            check(frame, str(path))
             rgb = upright(to_rgb(frame, Tags.of(frame), reformatter), display_matrix(frame))
+            if rgb.dtype == np.uint8 and depth > 8:
+                rgb = rgb.astype(np.uint16) * 257
+            elif rgb.dtype == np.uint16 and depth <= 8:
+                raise UserError(f"{path} has {bits(frame.format)} bits a colour, the pictures before it have 8; "
+                                "if the first has more, all are taken with more")
             size = size or rgb.shape
             if rgb.shape != size:
                 raise UserError(f"{path} is {rgb.shape[1]}x{rgb.shape[0]}, the pictures before it are "

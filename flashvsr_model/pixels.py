@@ -18,6 +18,17 @@ SWS = {SMPTE170M: 5}                            # AVColorSpace -> swscale's numb
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
 
+def _unnamed(cls: type, value: int) -> SideType:
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"TYPE_{value}", value
+    return member
+
+
+# PyAV (18 and 19) raises at a frame's side data if one is of a type it has no name for, such as EXIF of FFmpeg 8, which
+# every camera's JPEG has.
+SideType._missing_ = classmethod(_unnamed)
+
+
 class UserError(Exception):
     """What the user must hear in one line: the message of `flashvsr: error:`."""
 
@@ -79,9 +90,7 @@ def chroma(pixels: VideoFormat) -> str:
 
 
 def to_rgb(frame: VideoFrame, tags: Tags, reformatter: VideoReformatter) -> np.ndarray:
-    """(h, w, 3) full-range RGB by the matrix and range of tags: uint8, or uint16 of a frame deeper than 8
-    bits.
-    """
+    """(h, w, 3) full-range RGB by the matrix and range of tags: uint8, or uint16 of a frame deeper than 8 bits."""
     deep, flags = bits(frame.format) > 8, Interpolation.BICUBIC | EXACT
     if frame.format.is_rgb or frame.format.has_palette:
         return reformatter.reformat(frame, format="rgb48le" if deep else "rgb24",
@@ -96,7 +105,7 @@ def to_rgb(frame: VideoFrame, tags: Tags, reformatter: VideoReformatter) -> np.n
     top, black, swing, chroma_swing = _levels(frame.color_range, bits(frame.format))
     y, u, v = (y.astype(np.float32) - black) / swing, *((c.astype(np.float32) - 32768) / chroma_swing
                                                         for c in (u, v))
-    red, blue = LUMA[space]
+    red, blue = LUMA[BT709 if len(frame.format.components) < 3 else space]  # of grey any: it has no chroma
     r, b = y + v * (2 - 2 * red), y + u * (2 - 2 * blue)
     g = (y - red * r - blue * b) / (1 - red - blue)
     return (np.stack([r, g, b], axis=2).clip(0, 1) * 65535 + 0.5).astype(np.uint16)

@@ -20,6 +20,9 @@ SUBTITLE = 10               # seconds before --start from which a subtitle that 
 LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 # Containers whose header says how long the file is; for the others FFmpeg estimates it from what is there.
 STATES_LENGTH = ("mov,mp4", "matroska", "avi", "flv", "asf")
+# Containers in which FFmpeg's seeking ends at the key frame before a time. In MPEG-TS, for one, it can end behind what
+# is wanted: there everything is decoded from the beginning.
+SEEKS_BACK = ("mov,mp4", "matroska", "flv", "nut")
 
 
 def open_clip(source: str, *, start: float = 0.0, frames: int | None = None, rate: Fraction = Fraction(25),
@@ -86,7 +89,7 @@ class _Decoder:
         if self.stream.codec_context.field_order not in (0, 1):
             note(f"{self.name} is interlaced; its frames are taken as they are")
         self.from_seconds = self.begin + Fraction(start).limit_denominator(1_000_000)
-        if start > 0 and self._seekable(source):
+        if start > 0 and self.container.format.name.startswith(SEEKS_BACK) and self._seekable(source):
             before = SUBTITLE if any(stream.type == "subtitle" for stream in self.copies) else 0
             self.container.seek(int(max(self.from_seconds - before, 0) / self.tick), stream=self.stream)
 

@@ -229,6 +229,7 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     (["{IN}", "{TMP}/out.mp4", "--compare", "{TMP}/none/a.png"], 2,
      "must be a picture in a folder that exists"),
     (["{IN}", "{TMP}/out.mp4", "--truth", "{IN}"], 2, "need --compare"),
+    (["{PNG}", "{TMP}/out.mp4", "--overwrite", "--compare", "{PNG}"], 2, "--compare and IN are the same"),
     (["{IN}", "{TMP}/out.mp4", "--start", "1:x"], 2, "'1:x' is not a time"),
     (["{IN}", "{TMP}/out.mp4", "--start", "9"], 1, "no frame could be decoded at or after 9 s"),
     (["{IN}", "{TMP}/out.mp4", "--frames", "0"], 2, "'0' is not a whole number of 1 or more"),
@@ -247,8 +248,9 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
 ], ids=lambda value: " ".join(value).replace("/", ".") if isinstance(value, list) else "")
 def test_bad_usage_is_one_line(words, status, says, tmp_path, clip, capsys):
     (tmp_path / "old.mp4").write_bytes(b"mine")
+    Image.new("RGB", (20, 18)).save(tmp_path / "a.png")
     before = left(tmp_path)
-    words = [word.format(IN=clip, OLD=tmp_path / "old.mp4", TMP=tmp_path) for word in words]
+    words = [word.format(IN=clip, OLD=tmp_path / "old.mp4", PNG=tmp_path / "a.png", TMP=tmp_path) for word in words]
     real = any(word in ("--weights", "--device") for word in words)
     assert flashvsr("upscale", *words, load=cli.load_upscaler if real else None) == status
     assert says in one_line(capsys.readouterr().err)

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from flashvsr_model import PRESETS, StreamingUpscaler
 from flashvsr_model.fuse import expected_shapes
@@ -190,6 +191,15 @@ def test_start_and_frames_cut_sound_and_subtitles_too(tmp_path, suffix):
         assert [(round(t, 3), d) for t, d in after["packets"][2]] == [(0, b"across"), (1.0, b"inside")]
 
 
+@pytest.mark.parametrize("start, count", [(0.2, 115), (3.33, 36), (4.6, 5)])
+@pytest.mark.parametrize("suffix", [".ts", ".avi", ".mkv", ".mp4", ".nut"])
+def test_start_finds_its_frame_wherever_seeking_ends(tmp_path, suffix, start, count):
+    source = write_video(tmp_path / f"in{suffix}", moving(120), codec="libx264", options={"g": "50"})
+    run(source, tmp_path / "out.mkv", start=start)
+    late = 2 if suffix == ".avi" else 0  # it has no times for frames that wait for others, so FFmpeg's are late
+    assert len(facts(tmp_path / "out.mkv")["frames"]) == count + late
+
+
 def test_start_after_the_end_is_an_error(tmp_path):
     source = write_video(tmp_path / "in.mkv", moving(10))
     with pytest.raises(UserError, match="no frame could be decoded at or after 5 s"):
@@ -302,6 +312,37 @@ def test_folder_to_folder_and_video(tmp_path):
             and found["pix_fmt"] == "yuv420p")
     assert found["tags"] == (1, 1, 1, 1)
     assert np.abs(found["frames"][10][2::4, 2::4].astype(int) - moving(12)[10]).mean() < 8
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
+def test_pictures_with_exif_are_upright(tmp_path, suffix, orientation):
+    """As a camera writes them: PyAV has no name for what FFmpeg hands on of it."""
+    exif, folder = Image.Exif(), tmp_path / "in"
+    exif[0x112] = orientation
+    folder.mkdir()
+    Image.fromarray(moving(1, 48, 32)[0]).save(folder / f"a{suffix}", exif=exif)
+    with Image.open(folder / f"a{suffix}") as saved:
+        upright = np.asarray(ImageOps.exif_transpose(saved).convert("RGB"))
+    run(folder, tmp_path / "out")
+    after = np.asarray(Image.open(tmp_path / "out" / "a.png"))[::4, ::4].astype(int)
+    assert after.shape == upright.shape and np.abs(after - upright).mean() < 4
+    run(folder / f"a{suffix}", tmp_path / "one.mkv")
+    assert len(facts(tmp_path / "one.mkv")["frames"]) == 1
+
+
+def test_pictures_of_different_depth(tmp_path):
+    """The first one's depth is all pictures'; no bits are dropped without a word. Grey may be deep too."""
+    Image.fromarray(np.full((32, 48), 40000, np.uint16)).save(tmp_path / "0.png")
+    Image.fromarray(np.full((32, 48, 3), 150, np.uint8)).save(tmp_path / "1.png")
+    run(tmp_path, tmp_path / "out")
+    for name, level in (("0.png", 40000), ("1.png", 150 * 257)):
+        with av.open(str(tmp_path / "out" / name)) as picture:
+            after = next(picture.decode(video=0)).to_ndarray(format="rgb48le")
+        assert after.shape == (128, 192, 3) and np.abs(after.astype(int) - level).max() <= 257
+    (tmp_path / "0.png").rename(tmp_path / "2.png")
+    with pytest.raises(UserError, match=r"2\.png has 16 bits a colour, the pictures before it have 8"):
+        run(tmp_path, tmp_path / "again")
 
 
 def test_a_folder_of_different_sizes_names_the_picture(tmp_path):
