@@ -35,12 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def seconds(text: str) -> float:
-    """Seconds from "90", "1:30" or "0:01:30.5"."""
+    """Seconds from "90", "1:30" or "0:01:30.5", less than a hundred years."""
     try:
         values = [float(part) for part in text.split(":")]
     except ValueError:
         values = []
-    if not 1 <= len(values) <= 3 or any(not 0 <= value < float("inf") for value in values):
+    if not 1 <= len(values) <= 3 or any(not 0 <= value < 1e5 * 60 ** (5 - len(values)) for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds or HH:MM:SS")
     return sum(value * 60 ** power for power, value in enumerate(reversed(values)))
 

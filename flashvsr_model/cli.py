@@ -162,7 +162,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         _check_target(args, Path(args.target))
     if args.compare:
         path = Path(args.compare)
-        if path.suffix.lower() not in PICTURES or not path.absolute().parent.is_dir():
+        if path.suffix.lower() not in PICTURES or not path.absolute().parent.is_dir() or path.is_dir():
             raise UserError(f"--compare {args.compare}: must be a picture in a folder that exists")
         if path.exists() and not args.overwrite:
             raise UserError(f"{args.compare} exists; --overwrite replaces it")

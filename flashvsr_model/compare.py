@@ -24,10 +24,13 @@ class Compare:
         truth: a video whose frame of the same number is the truth, or a picture of it; None for no third
            panel
         start: seconds from where the frames count, in the clip and in the truth
+        Raises UserError if the truth cannot be read: now, not when the work is done.
         """
         self.clip, self.size, self.truth, self.start = clip, size, truth, start
         self.wanted = frame if frame is not None else (clip.total or 1) // 2
         self.seen, self.kept, self.number = 0, None, 0
+        if truth is not None:
+            self._truth()
 
     def watch(self, before: np.ndarray, after: np.ndarray) -> None:
         """Takes a frame (h, w, 3) and its result (4h, 4w, 3), uint8 or uint16. The last stands in for a later

@@ -60,13 +60,13 @@ class FlashVSRConfig:
              "dim", "64 or 128 times num_heads")
         need(len(self.lq_hidden) == 2, "lq_hidden", "two widths")
         need(len(self.decoder_channels) == 4, "decoder_channels", "four widths")
-        need(self.sparse_ratio > 0, "sparse_ratio", "positive")
-        need(self.local_range >= 1, "local_range", "at least 1")
-        need(self.kv_slices >= 1, "kv_slices", "at least 1")
+        need(0 < self.sparse_ratio <= 1e6, "sparse_ratio", "positive and at most 1e6")
+        for name, least in (("local_range", 1), ("kv_slices", 1), ("margin", 0), ("rope_positions", 1)):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= least, name, f"a whole number of {least} or more")
         need(self.edge in ("truncate", "shift"), "edge", '"truncate" or "shift"')
         need(self.color in ("adain", "wavelet", "none"), "color", '"adain", "wavelet" or "none"')
-        need(self.noise >= 0, "noise", "0 or more")
-        need(self.margin >= 0, "margin", "0 or more")
+        need(0 <= self.noise < float("inf"), "noise", "0 or more and finite")
         need(self.rope_positions > FIRST_LATENTS + 2 * self.ring_slices, "rope_positions",
              f"more than {FIRST_LATENTS + 2 * self.ring_slices}")
 

@@ -20,6 +20,8 @@ from .pixels import BT709, FULL, LIMITED, RGB, UNSPECIFIED, Tags, UserError, to_
 # Suffix -> FFmpeg's muxer. Only containers that keep the time of every frame.
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
               ".ts": "mpegts"}
+# Of MPEG-TS FFmpeg says that it holds any codec, and hides those that no reader would know.
+TS_CODECS = {"h264", "hevc", "vvc", "mpeg1video", "mpeg2video", "mpeg4", "cavs", "dirac", "vc1"}
 HOLDS_MATRIX = {"mp4", "mov", "matroska", "webm"}
 CRF = {"libx264": 18, "libx265": 20, "libvpx-vp9": 24, "libsvtav1": 24}      # near-transparent at 4x sizes
 # Written by the muxer of the input about its own file, untrue for ours.
@@ -113,6 +115,9 @@ class VideoWriter:
             raise UserError(f"there is no encoder {name!r} in this FFmpeg") from error
         if codec.type != "video":
             raise UserError(f"{name} does not encode video")
+        if self.format == "mpegts" and codec.canonical_name not in TS_CODECS:
+            raise UserError(f"a .ts file cannot hold {codec.canonical_name}; it can hold "
+                            + ", ".join(sorted(TS_CODECS)))
         if name == "libx265" and min(self.width, self.height) < 64:
             # it would crash
             raise UserError(f"libx265 needs at least 64x64, this is {self.width}x{self.height}")

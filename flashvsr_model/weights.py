@@ -171,6 +171,9 @@ def save_compact(path: str | Path, config: FlashVSRConfig, tensors: Mapping[str,
         part.unlink(missing_ok=True)
 
 
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
 def load_upscaler(weights: str | Path = "compact", *, device: torch.device | str | None = None,
                   dtype: torch.dtype | None = None, version: str | None = None,
                   **overrides: object) -> StreamingUpscaler:
@@ -188,7 +191,15 @@ def load_upscaler(weights: str | Path = "compact", *, device: torch.device | str
         fixed = [name for name in unknown if name in FlashVSRConfig.__dataclass_fields__]
         raise TypeError(f"load_upscaler cannot set {', '.join(unknown)}; it can set {', '.join(RUN_TIME)}"
                         + (f" ({', '.join(fixed)}: fixed by the weights)" if fixed else ""))
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that PyTorch knows, got {device!r}: {why}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got "{device}"')
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device must be "cpu" where torch sees no CUDA GPU, got "{device}"')
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -295,7 +295,7 @@ def test_sizes_and_settings_are_named(upscaler):
         upscaler.new_state(15, 20)
     with pytest.raises(ValueError, match="sparse_ratio 0.001 leaves no attention"):
         make(sparse_ratio=0.001).new_state(32, 32)
-    with pytest.raises(ValueError, match="margin must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="margin must be a whole number of 0 or more, got -1"):
         make(margin=-1)
     with pytest.raises(ValueError, match='edge must be "truncate" or "shift", got \'wrap\''):
         make(edge="wrap")

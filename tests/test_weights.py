@@ -405,6 +405,12 @@ def test_overrides(compact_file):
         load_upscaler(compact_file, dim=64)
     with pytest.raises(ValueError, match="color must be"):
         load_upscaler(compact_file, device="cpu", color="blue")
+    for bad, says in ((dict(dtype=torch.int8), "dtype must be None or one of"),
+                      (dict(dtype="float16"), "dtype must be"), (dict(device="tpu"), "one that PyTorch knows"),
+                      (dict(device="meta"), 'must be "cpu" or "cuda"'), (dict(margin=1.5), "a whole number"),
+                      (dict(sparse_ratio=float("inf")), "sparse_ratio must be")):
+        with pytest.raises(ValueError, match=says):
+            load_upscaler(compact_file, **{"device": "cpu"} | bad)
 
 
 def test_load_upscaler_refuses(compact_file, releases, tmp_path):
