@@ -14,12 +14,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 READY := $(VENV)/ready
 # Some interpreted work is fastest on one BLAS thread; C++ and PyTorch use all cores unless told otherwise. Their
-# threads sleep while they wait: beside other work on the same cores, tests whose threads spin take five times as long.
+# threads sleep while they wait: beside other work on the same cores, tests whose threads spin take five times as long,
+# and so does the demo.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=passive
 
 .PHONY: demo test bench check clean
 demo: $(READY)
-	$(RUN) -m flashvsr_model demo
+	OMP_WAIT_POLICY=passive $(RUN) -m flashvsr_model demo
 
 # The interpreted kernels' tests have a process of their own, beside the others: both keep to one core mostly.
 test: $(VENV)/triton
