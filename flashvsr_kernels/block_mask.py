@@ -58,8 +58,8 @@ class BlockMask:
         return BlockMask(*lists, self.count.shape[-1])
 
     def density(self) -> float:
-        """Fraction of blocks kept. Waits for the device."""
-        return self.count.sum().item() / (self.count.numel() * self.key_blocks)
+        """Fraction of blocks kept, 0 where there are none. Waits for the device."""
+        return self.count.sum().item() / max(1, self.count.numel() * self.key_blocks)
 
 
 def waves(tiles: int, device: torch.device) -> tuple[int, int]:

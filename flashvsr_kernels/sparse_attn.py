@@ -43,6 +43,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
             raise ValueError(f"mask must be bool {blocks} for q {tuple(q.shape)} and k {tuple(k.shape)}, "
                              f"got {mask.dtype} {tuple(mask.shape)}")
         mask = BlockMask.from_dense(mask)
+    elif not isinstance(mask, BlockMask):
+        raise ValueError(f"mask must be a BlockMask or a bool tensor {blocks}, got {type(mask).__name__}")
     elif (*mask.count.shape, mask.key_blocks) != blocks:
         raise ValueError(f"mask must be for {blocks} blocks, "
                          f"got one for {(*mask.count.shape, mask.key_blocks)}")

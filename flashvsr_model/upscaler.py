@@ -113,6 +113,8 @@ class StreamingUpscaler:
         if isinstance(frames, (Tensor, np.ndarray)) and frames.ndim != 4:
             raise ValueError(f"frames must be (T, h, w, 3), got {tuple(frames.shape)}")
         for frame in frames:
+            if isinstance(frame, np.ndarray):
+                frame = np.ascontiguousarray(frame)  # PyTorch knows no strides that step back, as of BGR turned to RGB
             self._take(state, torch.as_tensor(frame))
             if state.held == FIRST_FRAMES or state.chunk and state.held == LOOKAHEAD + SLICE_FRAMES:
                 self._chunk(state)
@@ -134,6 +136,9 @@ class StreamingUpscaler:
 
     def upscale(self, frames: Tensor | np.ndarray) -> Tensor:
         """A whole clip (T, h, w, 3), T >= 1, to (T, 4h, 4w, 3) uint8."""
+        if not isinstance(frames, (Tensor, np.ndarray)):
+            raise ValueError(f"frames must be a tensor or an array (T, h, w, 3), got {type(frames).__name__}; "
+                             "push takes frames one by one")
         if frames.ndim != 4 or not len(frames):
             raise ValueError(f"frames must be (T, h, w, 3) with T at least 1, got {tuple(frames.shape)}")
         state = self.new_state(*frames.shape[1:3])

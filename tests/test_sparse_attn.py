@@ -186,11 +186,12 @@ MASK = torch.ones(1, 2, 2, 2, dtype=torch.bool)
     ((Q, Q[:, :, :1], Q, MASK), r"k and v must both be \(1, Lk, 2, 64\)"),
     ((Q, Q.half(), Q, MASK), "one floating dtype, got torch.float32, torch.float16"),
     ((Q, Q.transpose(1, 3).contiguous().transpose(1, 3), Q, MASK), "contiguous in their last dimension"),
+    ((Q, Q, Q, None), r"mask must be a BlockMask or a bool tensor \(1, 2, 2, 2\), got NoneType"),
     ((Q, Q, Q, MASK.int()), r"mask must be bool \(1, 2, 2, 2\) for q .* got torch.int32"),
     ((Q, Q, Q, MASK[:, :1]), r"mask must be bool \(1, 2, 2, 2\) .* got torch.bool \(1, 1, 2, 2\)"),
     ((Q, Q, Q, BlockMask.from_dense(MASK[..., :1])),
      r"mask must be for \(1, 2, 2, 2\) blocks, got one for \(1, 2, 2, 1\)"),
-], ids=["rank", "D", "heads", "dtype", "stride", "mask dtype", "mask shape", "BlockMask"])
+], ids=["rank", "D", "heads", "dtype", "stride", "no mask", "mask dtype", "mask shape", "BlockMask"])
 def test_bad_arguments_are_named(args, message):
     with pytest.raises(ValueError, match=message):
         sparse_attn(*args)

@@ -283,6 +283,14 @@ def test_places_turn_without_copies():
     assert all(map(lambda a, b: a is b, places, home)) and not any(x.item() for x in places)
 
 
+def test_frames_flipped_by_numpy_are_taken_and_lists_are_named(upscaler):
+    rgb = clip(25).numpy()
+    flipped = np.ascontiguousarray(rgb[..., ::-1])[..., ::-1]  # as of a picture that OpenCV has read
+    assert flipped.strides[-1] < 0 and torch.equal(upscaler.upscale(flipped), upscaler.upscale(rgb))
+    with pytest.raises(ValueError, match="frames must be a tensor or an array .* got list; push takes"):
+        upscaler.upscale([rgb[0]])
+
+
 def test_mixed_depths_are_named(upscaler):
     state = upscaler.new_state(32, 32)
     upscaler.push(state, clip(2))
