@@ -167,7 +167,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         if path.exists() and not args.overwrite:
             raise UserError(f"{args.compare} exists; --overwrite replaces it")
         for name, other in (("IN", args.source), ("OUT", args.target), ("--truth", args.truth)):
-            if other not in (None, "-") and path.absolute().resolve() == Path(other).absolute().resolve():
+            if other not in (None, "-") and path.resolve() == Path(other).resolve():
                 raise UserError(f"--compare and {name} are the same: {path}")
     elif args.truth or args.compare_frame is not None:
         raise UserError("--truth and --compare-frame need --compare")

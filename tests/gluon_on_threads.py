@@ -6,6 +6,9 @@ wgmma happen as early or as late as they may, barriers check who arrives, and st
 fenced or waited for are refused. What the threads of a partition do among themselves is not seen: a partition
 is one thread. Nor are swizzling and layouts: views are what they say.
 """
+import importlib.util
+import inspect
+import linecache
 import math
 import random
 import threading
@@ -184,6 +187,8 @@ class Program:
             done = times + (arrived == threads)
             self.named[barrier] = (arrived % threads, done)
             self.changed.notify_all()
+            if kind == "bar.arrive" and self.random.random() < 0.2:
+                self.changed.wait_for(lambda: False, 0.002)  # let those run ahead who waited for this
         if kind == "bar.sync":
             self.wait(lambda: self.named[barrier][1] > times, f"named barrier {barrier}")
 
@@ -360,3 +365,19 @@ class Launcher:
             main.join()
             if program.failed:
                 raise program.failed[0]
+
+
+def planted(module, right, wrong, folder, monkeypatch):
+    """The module with wrong where its source has right, loaded from a file in folder; waits that last count as deadlocks
+    soon.
+    """
+    source = inspect.getsource(module).replace("from .", "from flashvsr_kernels.")
+    assert right in source
+    path = folder / f"mistaken_{module.__name__.rpartition('.')[2]}.py"
+    path.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(f"{__name__}.PATIENCE", 2)
+    linecache.clearcache()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    mistaken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mistaken)
+    return mistaken

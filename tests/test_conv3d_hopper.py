@@ -1,7 +1,4 @@
 """The Gluon convolution for sm_90 against float64: its source on a CPU, on threads, and the kernel on a GPU."""
-import inspect
-import importlib
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -123,14 +120,8 @@ MISTAKES = {
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set")
-    source, (right, wrong) = inspect.getsource(conv3d_hopper), mistake
-    assert right in source
-    (tmp_path / "mistaken_conv3d.py").write_text(source.replace(right, wrong).replace(
-        "from .", "from flashvsr_kernels."))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mistaken_conv3d", raising=False)
-    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
-    mistaken, found = importlib.import_module("mistaken_conv3d"), []
+    (right, wrong), found = mistake, []
+    mistaken = gluon_on_threads.planted(conv3d_hopper, right, wrong, tmp_path, monkeypatch)
     call = make(1, 2, 17, 9, 128, 24, torch.float16, "cpu")
     # Whether a mistake shows can depend on which thread runs when: more than one try.
     for names in [on_threads(mistaken, late) for late in ("products", "copies")] * (10 if right != wrong else 1):

@@ -1,10 +1,7 @@
 """The Gluon convolutions for sm_90 against float64: on a GPU, and their source on a CPU, on threads. Compiled
 without a GPU, they fit, and their barriers share memory with nothing.
 """
-import importlib
-import inspect
 import json
-import linecache
 import os
 import re
 import subprocess
@@ -20,9 +17,8 @@ triton = pytest.importorskip("triton", "3.6")
 
 from flashvsr_kernels import aot, backends, conv3x3, conv3x3_hopper, reference, upsample_conv
 from flashvsr_kernels.aot_launches import meta
-from tests import gluon_on_threads
 from tests.error_rule import check
-from tests.gluon_on_threads import Launcher
+from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
 from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
 
@@ -183,15 +179,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
-    source, (right, wrong) = inspect.getsource(conv3x3_hopper), mistake
-    source = source.replace("from ._triton", "from flashvsr_kernels._triton")
-    assert right in source
-    (tmp_path / "mistaken_conv3x3.py").write_text(source.replace(right, wrong))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mistaken_conv3x3", raising=False)
-    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
-    linecache.clearcache()
-    mistaken = importlib.import_module("mistaken_conv3x3")
+    right, wrong = mistake
+    mistaken = planted(conv3x3_hopper, right, wrong, tmp_path, monkeypatch)
     launchers = [Launcher(mistaken, "conv3x3_kernel", late) for late in ("products", "copies")]
     call, found = make("cpu", 1, 33, 66, 64, 64), []
     head, planes = (torch.randn(3, 64, 3, 3) / 8).to(BF16, memory_format=torch.channels_last), torch.empty(27, 1, 32, 64)

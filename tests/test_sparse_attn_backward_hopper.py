@@ -1,11 +1,7 @@
 """The source of the gradients for sm_90 on a CPU, its partitions as threads, against float64. On a GPU:
 test_sparse_attn_backward.
 """
-import importlib
-import inspect
-import linecache
 import math
-import sys
 
 import pytest
 import torch
@@ -13,9 +9,8 @@ import torch
 triton = pytest.importorskip("triton", "3.6")
 
 from flashvsr_kernels import BlockMask, reference, sparse_attn_backward_hopper
-from tests import gluon_on_threads
 from tests.error_rule import check_gradients
-from tests.gluon_on_threads import Launcher
+from tests.gluon_on_threads import Launcher, planted
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,15 +93,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
-    source, (right, wrong) = inspect.getsource(sparse_attn_backward_hopper), mistake
-    source = source.replace("from .", "from flashvsr_kernels.")
-    assert source.count(right) == 1 or not right
-    (tmp_path / "mistaken_gradients.py").write_text(source.replace(right, wrong) if right else source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mistaken_gradients", raising=False)
-    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
-    linecache.clearcache()
-    mistaken, found = importlib.import_module("mistaken_gradients"), []
+    (right, wrong), found = mistake, []
+    mistaken = planted(sparse_attn_backward_hopper, right, wrong, tmp_path, monkeypatch)
     grad, q, k, v, mask = make(1, 700, 900, 1, 64)
     q, k = q.abs() + 3, -k.abs() - 3  # a key past the end, of zeros, would weigh more than float32 can say
     # Whether a mistake shows can depend on which thread runs when: more than one try.

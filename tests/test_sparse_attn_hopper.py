@@ -1,11 +1,7 @@
 """The Gluon forward for sm_90, on the GPU and as Python on threads, against float64, above all where its fixed maximum
 must give way.
 """
-import importlib
-import inspect
-import linecache
 import math
-import sys
 
 import pytest
 import torch
@@ -13,9 +9,8 @@ import torch
 triton = pytest.importorskip("triton", "3.6")
 
 from flashvsr_kernels import BlockMask, backends, sparse_attn, sparse_attn_hopper
-from tests import gluon_on_threads
 from tests.error_rule import check_attention
-from tests.gluon_on_threads import Launcher
+from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
@@ -110,14 +105,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
-    source, (right, wrong) = inspect.getsource(sparse_attn_hopper).replace("from ._triton", "from flashvsr_kernels._triton"), mistake
-    assert source.count(right) == 1 or not right
-    (tmp_path / "mistaken_attention.py").write_text(source.replace(right, wrong) if right else source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mistaken_attention", raising=False)
-    monkeypatch.setattr(gluon_on_threads, "PATIENCE", 2)
-    linecache.clearcache()
-    mistaken, found = importlib.import_module("mistaken_attention"), []
+    (right, wrong), found = mistake, []
+    mistaken = planted(sparse_attn_hopper, right, wrong, tmp_path, monkeypatch)
     q, k, v, mask = make(1, 700, 900, 1, 64, device="cpu")
     mask[..., -1] = True
     q[:, 300:410] *= 60
