@@ -244,80 +244,127 @@ def _producer(x_body, x_rest, past_body, past_rest, weight_desc, head_desc, tile
 
 
 @gluon.jit
+def _tap(j: gl.constexpr, W: gl.constexpr, acc0, acc1, ADD: gl.constexpr, stage, slots, x_ring, w_ring, x_full, w_full,
+         SIDE: gl.constexpr, WIDE: gl.constexpr):
+    """Starts the products with a stage's j-th tap, when those with the tap before the last are complete."""
+    SLOTS: gl.constexpr = w_full.shape[0]
+    STAGE: gl.constexpr = x_ring.shape[0] // x_full.shape[0]
+    BLOCK: gl.constexpr = w_ring.shape[1]
+    PITCH: gl.constexpr = 72 if WIDE else 16    # pixels of a row in the ring
+    ROWS: gl.constexpr = 1 if WIDE else 4       # of a half, 64 pixels
+    PIXELS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    at = stage * STAGE + (W * 2 * ROWS + j % SIDE) * PITCH + j // SIDE
+    upper = x_ring.index(at)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
+    lower = x_ring.index(at + ROWS * PITCH)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
+    slot = slots % SLOTS
+    mbarrier.wait(w_full.index(slot), slots // SLOTS & 1)
+    weights = w_ring.index(slot).reshape([BLOCK, 64]).permute((1, 0))
+    acc0 = warpgroup_mma(upper, weights, acc0, use_acc=ADD, is_async=True)
+    acc1 = warpgroup_mma(lower, weights, acc1, use_acc=ADD, is_async=True)
+    return warpgroup_mma_wait(2, deps=[acc0, acc1])
+
+
+@gluon.jit
+def _leave(h: gl.constexpr, W: gl.constexpr, b_out, place, out_desc, staging, HALVES: gl.constexpr,
+           RESIDUAL: gl.constexpr, HEAD: gl.constexpr):
+    """A half's result goes. place: picture, row, phase, pixel, channel"""
+    half = staging.index(W * HALVES + h % HALVES)
+    if not RESIDUAL and (h == 0 or HALVES == 1):
+        tma.store_wait(0)
+        _meet()
+    half.store(b_out)
+    fence_async_shared()
+    _meet()
+    of_half = half._reinterpret(out_desc.dtype, out_desc.block_shape, out_desc.layout)
+    picture, y, phase, x, channel = place
+    if HEAD:
+        _store(out_desc, [0, picture, y + h * out_desc.block_shape[2], x], of_half)
+    else:
+        _store(out_desc, [picture, y + h * out_desc.block_shape[1], phase, x, channel], of_half)
+
+
+@gluon.jit
+def _fetch_residual(desc, place, W: gl.constexpr, staging, full):
+    """When the last result has left the staging buffer."""
+    tma.store_wait(0)
+    _meet()
+    mbarrier.expect(full, 2 * 64 * desc.block_shape[3] * 2)
+    picture, y, phase, x, channel = place
+    for h in gl.static_range(2):
+        _load(desc, [picture, y + h * desc.block_shape[1], x, channel], full,
+              staging.index(W * 2 + h)._reinterpret(desc.dtype, desc.block_shape, desc.layout))
+
+
+@gluon.jit
 def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks,
               x_ring, w_ring, head, staging, x_full, w_full, head_full, residual_full, SIDE: gl.constexpr,
               WIDE: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, HEAD: gl.constexpr, RELU: gl.constexpr):
     STAGES: gl.constexpr = x_full.shape[0]
     SLOTS: gl.constexpr = w_full.shape[0]
-    STAGE: gl.constexpr = x_ring.shape[0] // STAGES
     BLOCK: gl.constexpr = w_ring.shape[1]
     HALVES: gl.constexpr = staging.shape[0] // 2
     LOADS: gl.constexpr = 1 if WIDE else SIDE
-    PITCH: gl.constexpr = 72 if WIDE else 16    # pixels of a row in the ring
-    ROWS: gl.constexpr = 1 if WIDE else 4       # of a half, 64 pixels
-    PIXELS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    TAPS: gl.constexpr = SIDE * SIDE // LOADS   # of a stage
+    ROWS: gl.constexpr = 1 if WIDE else 4
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     PLANES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     stages = 0
     slots = 0
     served = 0
+    # A result waits in registers until the next tile's first products run: it leaves under them.
+    if HEAD:
+        b_upper = gl.full([64, 32], 0.0, gl.float32, PLANES).permute((1, 0))
+    else:
+        b_upper = gl.full([64, BLOCK], 0.0, staging.dtype, SUMS)
+    b_lower = b_upper
+    left = 0, 0, 0, 0, 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         column, of_set, picture, y, x = _tile(t, columns, panels, across, down, WIDE)
-        y += W * 2 * ROWS
-        channel = column % panels * BLOCK
+        place = picture, y + W * 2 * ROWS, 0, x, column % panels * BLOCK
         acc0 = gl.full([64, BLOCK], 0.0, gl.float32, SUMS)
         acc1 = gl.full([64, BLOCK], 0.0, gl.float32, SUMS)
-        for i in range(chunks * LOADS):
+        stage = stages % STAGES
+        mbarrier.wait(x_full.index(stage), stages // STAGES & 1)
+        for j in gl.static_range(TAPS):
+            acc0, acc1 = _tap(j, W, acc0, acc1, j > 0, stage, slots, x_ring, w_ring, x_full, w_full, SIDE, WIDE)
+            if j > 0:
+                _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+            slots += 1
+            if served > 0:
+                if j == 0:
+                    _leave(0, W, b_upper, left, out_desc, staging, HALVES, RESIDUAL, HEAD)
+                if j == TAPS // 2:
+                    _leave(1, W, b_lower, left, out_desc, staging, HALVES, RESIDUAL, HEAD)
+        stages += 1
+        for i in range(1, chunks * LOADS):
             if RESIDUAL:
                 if i == chunks * LOADS // 2:  # long after the last tile's store, long before the sum is there
-                    tma.store_wait(0)
-                    _meet()
-                    mbarrier.expect(residual_full.index(W), 2 * 64 * BLOCK * 2)
-                    for h in gl.static_range(2):
-                        _load(residual_desc, [picture, y + h * ROWS, x, channel], residual_full.index(W),
-                              staging.index(W * 2 + h)._reinterpret(
-                                  residual_desc.dtype, residual_desc.block_shape, residual_desc.layout))
+                    _fetch_residual(residual_desc, place, W, staging, residual_full.index(W))
             stage = stages % STAGES
             mbarrier.wait(x_full.index(stage), stages // STAGES & 1)
-            for j in gl.static_range(SIDE * SIDE // LOADS):
-                at = stage * STAGE + (W * 2 * ROWS + j % SIDE) * PITCH + j // SIDE
-                upper = x_ring.index(at)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
-                lower = x_ring.index(at + ROWS * PITCH)._reinterpret(x_ring.dtype, [64, 64], PIXELS)
-                slot = slots % SLOTS
-                mbarrier.wait(w_full.index(slot), slots // SLOTS & 1)
-                weights = w_ring.index(slot).reshape([BLOCK, 64]).permute((1, 0))
-                acc0 = warpgroup_mma(upper, weights, acc0, is_async=True)
-                acc1 = warpgroup_mma(lower, weights, acc1, is_async=True)
-                acc0, acc1 = warpgroup_mma_wait(2, deps=[acc0, acc1])
-                if j > 0:
-                    _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
-                elif i > 0:
-                    _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+            for j in gl.static_range(TAPS):
+                acc0, acc1 = _tap(j, W, acc0, acc1, True, stage, slots, x_ring, w_ring, x_full, w_full, SIDE, WIDE)
+                _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
+                if j == 0:
                     _free(PIXELS_FREE + (stages - 1) % STAGES)
                 slots += 1
             stages += 1
+        if RESIDUAL:
+            if chunks * LOADS == 1:
+                _fetch_residual(residual_desc, place, W, staging, residual_full.index(W))
         if BIAS:  # on its way while the last products run
-            b_bias = gl.load(bias + channel + gl.arange(0, BLOCK, gl.SliceLayout(0, SUMS))).to(gl.float32)
+            b_bias = gl.load(bias + place[4] + gl.arange(0, BLOCK, gl.SliceLayout(0, SUMS))).to(gl.float32)
         acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
         _free(WEIGHTS_FREE + (slots - 1) % SLOTS)
         _free(PIXELS_FREE + (stages - 1) % STAGES)
-        phase = 0
-        if SIDE == 2:
-            picture = picture * (columns // (4 * panels)) + (of_set >> 2)
-            phase = of_set >> 1 & 1
-            channel += (of_set & 1) * panels * BLOCK
         if RESIDUAL:
             mbarrier.wait(residual_full.index(W), served & 1)
         for h in gl.static_range(2):
-            half = staging.index(W * HALVES + h % HALVES)
             b_out = acc0 if h == 0 else acc1
             if BIAS:
                 b_out += b_bias[None, :]
             if RESIDUAL:
-                b_out += half.load(SUMS).to(gl.float32)
-            elif h == 0 or HALVES == 1:
-                tma.store_wait(0)
-                _meet()
+                b_out += staging.index(W * HALVES + h).load(SUMS).to(gl.float32)
             if RELU:
                 b_out = gl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if HEAD:
@@ -326,15 +373,18 @@ def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, pa
                 b_out = warpgroup_mma(b_hidden, head.permute((1, 0)), gl.full([64, 32], 0.0, gl.float32, PLANES),
                                       is_async=True)
                 b_out = warpgroup_mma_wait(0, deps=[b_out]).permute((1, 0))
-            half.store(b_out.to(half.dtype))
-            fence_async_shared()
-            _meet()
-            of_half = half._reinterpret(out_desc.dtype, out_desc.block_shape, out_desc.layout)
-            if HEAD:
-                _store(out_desc, [0, picture, y + h * ROWS, x], of_half)
+            if h == 0:
+                b_upper = b_out.to(staging.dtype)
             else:
-                _store(out_desc, [picture, y + h * ROWS, phase, x, channel], of_half)
+                b_lower = b_out.to(staging.dtype)
+        left = place
+        if SIDE == 2:
+            left = (picture * (columns // (4 * panels)) + (of_set >> 2), place[1], of_set >> 1 & 1, x,
+                    place[4] + (of_set & 1) * panels * BLOCK)
         served += 1
+    if served > 0:
+        _leave(0, W, b_upper, left, out_desc, staging, HALVES, RESIDUAL, HEAD)
+        _leave(1, W, b_lower, left, out_desc, staging, HALVES, RESIDUAL, HEAD)
     tma.store_wait(0)
 
 

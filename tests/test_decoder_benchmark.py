@@ -213,3 +213,15 @@ def test_committed_figures_are_those_that_are_gated():
         assert {key.rpartition("/")[2] for key in entry["ratios"]} <= set(decoder_peers.BACKENDS[device])
         assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
         assert all(ratio > 0 for ratio in entry["ratios"].values()), name
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_of_the_decoder_works_in_memory_linear_in_pixels():
+    """Of the official shape, with colour and bytes, beside weights and stream state."""
+    used = []
+    for picture in ("384x704", "768x1408", "1536x1408"):
+        step = decoder_stages.Work(decoder_stages.Stage("decoder", picture, "v1.1", "bf16"), "cuda").ours("hopper")
+        step()
+        used.append(decoder_stages.peak(step))
+    assert used[1] < 4.2 * used[0] and used[2] < 2.1 * used[1] and used[1] < 1
