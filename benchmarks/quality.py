@@ -2,6 +2,7 @@
 
     benchmarks/fetch_data.sh DIR
     python -m benchmarks.quality --data DIR --out benchmarks/results/quality.json --sheet sheet.png
+    python -m benchmarks.quality --data DIR --methods ours-float32 ours-bf16 --metrics psnr_y
 
 Every method gets the same low-resolution frames. Columns are means over the frames (metrics.py defines
 them): PSNR-Y in dB and SSIM-Y on BT.601 luma; VMAF v0.6.1, and NEG, its variant that gives nothing for
@@ -26,9 +27,11 @@ from .niqe import Statistics, natural_statistics, niqe
 from .sheet import crops, pick_crops, write_sheet
 
 METHODS = ("bicubic", "lanczos", "sharpened", "animevideov3", "ours")
+PRECISIONS = {"ours-float32": torch.float32, "ours-bf16": torch.bfloat16}  # of the same weights, if asked for
 NIQE_EVERY, SEAM_PERIODS = 8, (8, 16, 128)  # output pixels: latent, token and attention block
 COLUMNS = (("PSNR-Y", "psnr_y", 2), ("SSIM-Y", "ssim_y", 4), ("VMAF", "vmaf", 1), ("NEG", "vmaf_neg", 1),
            ("NIQE", "niqe", 2), ("temporal", "temporal_difference", 3), ("fps", "fps", 2))
+METRICS = [key for _, key, _ in COLUMNS if key != "fps"]
 
 
 def load_method(name: str, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
@@ -41,18 +44,20 @@ def load_method(name: str, args: argparse.Namespace) -> Callable[[Tensor], Tenso
         return AnimeVideo(args.data / "weights").upscale
     from flashvsr_model import keep_freed_memory, load_upscaler  # here: the baselines run without the model
     keep_freed_memory()
-    upscaler = load_upscaler(args.weights, device=args.device)
+    options = {"dtype": PRECISIONS[name]} if name in PRECISIONS else {}
+    upscaler = load_upscaler(args.weights, device=args.device, **options)
     return lambda frames: upscaler.upscale(frames).cpu()
 
 
-def measure(out: Tensor, truth: Tensor, natural: Statistics) -> dict[str, float]:
-    """Every column but fps, of a whole clip."""
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-    return {"psnr_y": mean(metrics.psnr_y(out, truth)), "ssim_y": mean(metrics.ssim_y(out, truth)),
-            "niqe": mean([niqe(frame, natural) for frame in out[::NIQE_EVERY]]),
-            "temporal_difference": mean(metrics.temporal_difference(out, truth)),
-            **{name: mean(values) for name, values in metrics.vmaf(out, truth).items()}}
+def measure(out: Tensor, truth: Tensor, natural: Statistics | None, asked: list[str]) -> dict[str, float]:
+    """The columns asked for, of a whole clip. natural: for NIQE"""
+    per_frame = {"psnr_y": lambda: metrics.psnr_y(out, truth), "ssim_y": lambda: metrics.ssim_y(out, truth),
+                 "niqe": lambda: [niqe(frame, natural) for frame in out[::NIQE_EVERY]],
+                 "temporal_difference": lambda: metrics.temporal_difference(out, truth)}
+    found = {name: values() for name, values in per_frame.items() if name in asked}
+    if set(metrics.VMAF) & set(asked):
+        found |= {name: values for name, values in metrics.vmaf(out, truth).items() if name in asked}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def artefacts(out: Tensor, truth: Tensor) -> dict:
@@ -64,29 +69,29 @@ def artefacts(out: Tensor, truth: Tensor) -> dict:
             "colour_shift_worst_change": shift.diff(dim=0).abs().max().item()}
 
 
-def run_clip(clip: Clip, methods: dict[str, Callable], natural: Statistics,
+def run_clip(clip: Clip, methods: dict[str, Callable], natural: Statistics | None,
              args: argparse.Namespace) -> tuple[dict, list]:
     """A clip's results, printed as they come, and its rows of the contact sheet."""
     low, truth = load_clip(clip, args.data, args.frames, args.low)
     height, width = truth.shape[1:3]
-    truth_niqe = sum(niqe(frame, natural) for frame in truth[::NIQE_EVERY]) / len(truth[::NIQE_EVERY])
-    print_row(clip.name, "truth", {"niqe": truth_niqe})
+    result = {"about": clip.about, "frames": len(truth), "width": width, "height": height}
+    if natural:
+        result["truth_niqe"] = measure(truth, truth, natural, ["niqe"])["niqe"]
+        print_row(clip.name, "truth", {"niqe": result["truth_niqe"]})
     found, where = {}, pick_crops(truth)
     columns = {"truth": crops(truth, where)}
     for name, upscale in methods.items():
         start = time.perf_counter()
         out = upscale(low)
         seconds = time.perf_counter() - start
-        found[name] = measure(out, truth, natural)
+        found[name] = measure(out, truth, natural, args.metrics)
         found[name] |= {"fps": len(low) / seconds, "artefacts": artefacts(out, truth)}
         columns[name] = crops(out, where)
         print_row(clip.name, name, found[name])
         if args.frames_dir:
             save_frames(out, args.frames_dir / clip.name / name)
     names = [f"{clip.name} {frame}" for frame, _, _ in where]
-    result = {"about": clip.about, "frames": len(truth), "width": width, "height": height,
-              "truth_niqe": truth_niqe, "methods": found}
-    return result, list(zip(names, zip(*columns.values(), strict=True), strict=True))
+    return result | {"methods": found}, list(zip(names, zip(*columns.values(), strict=True), strict=True))
 
 
 def print_row(clip: str, method: str, values: dict[str, float]):
@@ -110,10 +115,13 @@ def print_artefacts(results: dict[str, dict]):
 
 
 def print_margins(results: dict[str, dict]):
-    """How far ours is above Lanczos in PSNR-Y and above bicubic in VMAF, where all three ran."""
+    """How far ours is above Lanczos in PSNR-Y and above bicubic in VMAF, where all three ran; what bf16 costs."""
     for clip, result in results.items():
         found = result["methods"]
-        if {"ours", "lanczos", "bicubic"} <= set(found):
+        if set(PRECISIONS) <= set(found) and all("psnr_y" in one for one in found.values()):
+            loss = found["ours-float32"]["psnr_y"] - found["ours-bf16"]["psnr_y"]
+            print(f"{clip}: bf16 costs {loss:+.4f} dB of PSNR-Y against float32")
+        if {"ours", "lanczos", "bicubic"} <= set(found) and {"psnr_y", "vmaf"} <= set(found["ours"]):
             psnr = found["ours"]["psnr_y"] - found["lanczos"]["psnr_y"]
             vmaf = found["ours"]["vmaf"] - found["bicubic"]["vmaf"]
             print(f"{clip}: PSNR-Y {psnr:+.2f} dB against Lanczos, VMAF {vmaf:+.1f} against bicubic")
@@ -131,7 +139,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="the folder that fetch_data.sh filled")
     add("--weights", default="compact", help="what ours loads: compact, or a path that load_upscaler takes")
     add("--device", help="where ours runs (default: the GPU if there is one)")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", choices=(*METHODS, *PRECISIONS), default=METHODS)
+    add("--metrics", nargs="+", choices=METRICS, default=METRICS, help="default: all, which takes scipy and imageio-ffmpeg")
+    add("--commit", help="what to record where this is no git repository")
     add("--clips", nargs="+", choices=[c.name for c in CLIPS], default=[c.name for c in CLIPS])
     add("--frames", type=int, default=97, help="frames of each clip, from its start (default 97)")
     add("--low", choices=("shipped", "area"), default="shipped",
@@ -149,9 +159,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    about = describe()
+    about = describe() | ({"commit": args.commit} if args.commit else {})
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    natural = natural_statistics(args.data / "clips" / "frames_modelparameters.mat")
+    natural = natural_statistics(args.data / "clips" / "frames_modelparameters.mat") if "niqe" in args.metrics else None
     methods = {name: load_method(name, args) for name in args.methods}
     print(f"{'clip':5} {'method':12} " + "  ".join(f"{title:>7}" for title, _, _ in COLUMNS))
     results, rows = {}, []

@@ -79,6 +79,20 @@ def test_quality_writes_what_it_prints(data, monkeypatch, capsys):
     assert Image.open(data / "s.png").width == 4 + 4 * 260
 
 
+def test_quality_says_what_bf16_costs(data, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(flashvsr_model, "load_upscaler", lambda *a, **k: asked.append(k["dtype"]) or Tinted())
+    (data / "clips" / "frames_modelparameters.mat").unlink()  # only NIQE needs it
+    quality.main(["--data", str(data), "--clips", "made", "--methods", *quality.PRECISIONS, "--metrics", "psnr_y",
+                  "--commit", "abc", "--out", str(data / "q.json")])
+    assert asked == [torch.float32, torch.bfloat16]
+    document = json.loads((data / "q.json").read_text())
+    assert document["about"]["commit"] == "abc" and "truth_niqe" not in document["clips"]["made"]
+    fine, coarse = document["clips"]["made"]["methods"].values()
+    assert fine["psnr_y"] == coarse["psnr_y"] > 20 and "vmaf" not in fine
+    assert "made: bf16 costs +0.0000 dB of PSNR-Y against float32" in capsys.readouterr().out
+
+
 def test_shipped_and_area_inputs_are_alike_where_nothing_was_compressed(data):
     clip, = quality.CLIPS
     shipped, truth = clips.load_clip(clip, data, 5)
