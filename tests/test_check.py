@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_attention, check, decoder_peers, machine, peers
+from benchmarks import bench_attention, bench_block, check, decoder_peers, machine, peers
 from benchmarks.static_facts import gate_static
 from flashvsr_kernels import _native
 
@@ -111,7 +111,8 @@ def test_committed_figures_are_those_that_are_gated():
 
 KINDS = {"upscaler": lambda row: {"whole", "steady", "memory", "floor"} <= row.keys(),
          "attention": lambda row: row["case"].startswith(("fwd/", "bwd/")) and row["us"] > 0,
-         "decoder": lambda row: row["case"].split("/")[0] in {*decoder_peers._PEERS, "decoder", "projector"} and row["us"] > 0}
+         "decoder": lambda row: row["case"].split("/")[0] in {*decoder_peers._PEERS, "decoder", "projector"} and row["us"] > 0,
+         "block": lambda row: row["case"] in {case.key for case in bench_block.grid("cuda")} and row["us"] > 0}
 FIGURES = [path for path in check.RESULTS.glob("*_h[0-9]*.json")]
 
 
