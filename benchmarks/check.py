@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from flashvsr_kernels import aot
+from flashvsr_kernels.aot_facts import gate_static, static_facts
 
 from . import (bench_block, bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
                upscaler_stream)
 from .bench_attention import BACKENDS, line, run, save
 from .cases import Case, grid
 from .peers import OURS
-from .static_facts import gate_static, static_facts
 
 PARTS = ("ratios", "decoder", "block", "upscaler", "static")
 RESULTS = Path(__file__).parent / "results"
@@ -146,13 +146,13 @@ def check_ratios(ratios: Ratios, device: str, seconds: float, path: Path, record
     return wrong
 
 
-def check_static(path: Path, update: bool, compiled: list[aot.Kernel | aot.Failure] | None = None) -> list[str]:
-    """Compiles for ARCHS unless that is given, and gates or records; what is worse, one line each."""
+def check_static(path: Path, update: bool) -> list[str]:
+    """Compiles for ARCHS, and gates or records; what is worse, one line each."""
     triton = versions()["triton"]
     if triton == "not installed":
         print("check: Triton is not installed (pip install 'triton>=3.6'): its kernels were not compiled")
         return []
-    found = static_facts(aot.compiled(list(ARCHS)) if compiled is None else compiled)
+    found = static_facts(aot.compiled(list(ARCHS)))
     if update:
         save(path, {"triton": triton, "facts": found})
         print(f"check: recorded the facts of {len(found)} kernels")

@@ -33,6 +33,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError("x must be (N, H, W, C) and weight (O, C, 3, 3), "
                          f"got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must have at least one channel in and one out, got {tuple(weight.shape)}")
     if past is not None and past.shape != x.shape:
         raise ValueError(f"past must have x's shape {tuple(x.shape)}, got {tuple(past.shape)}")
     channels = x.shape[3] * (1 if past is None else 2)
@@ -104,6 +106,8 @@ def upsample_conv(x: Tensor, folded: Tensor, *, relu: bool = False, out: Tensor 
     if x.ndim != 4 or folded.ndim != 7 or (*folded.shape[1:3], *folded.shape[4:]) != (2, 2, 2, 2, x.shape[3]):
         raise ValueError("x must be (N, H, W, C) and folded (T, 2, 2, O, 2, 2, C), "
                          f"got {tuple(x.shape)} and {tuple(folded.shape)}")
+    if 0 in folded.shape:
+        raise ValueError(f"folded must have at least one step and one channel in and one out, got {tuple(folded.shape)}")
     _check_kinds(x, folded=folded)
     N, H, W, _ = x.shape
     _check_out(out, (N * folded.shape[0], 2 * H, 2 * W, folded.shape[3]), x, folded)

@@ -1,4 +1,7 @@
-"""The decoder's end as one: the last enlargement and the two convolutions behind it, to red, green and blue."""
+"""The decoder's end as one: the last enlargement and the two convolutions behind it, to red, green and blue.
+
+An op file imports no other, but for this one, whose op is three others' in one, and compat.
+"""
 import torch
 from torch import Tensor
 

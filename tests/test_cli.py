@@ -241,6 +241,7 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     (["{IN}", "{TMP}/out.mp4", "--scale", "5"], 2, "invalid choice: 5"),
     (["{IN}", "{TMP}/out.mp4", "--color", "red"], 2, "invalid choice: 'red'"),
     (["{IN}", "{TMP}/out.mp4", "--codec", "nosuch"], 1, "no encoder 'nosuch'"),
+    (["{IN}", "{TMP}/out.mp4", "--codec", "mjpeg"], 1, "encoder mjpeg does not start with "),
     (["{IN}", "{TMP}/out.mp4", "--codec", "aac"], 1, "aac does not encode video"),
     (["{IN}", "{TMP}/out.webm", "--codec", "libx264"], 1, "'webm' format does not support 'libx264' codec"),
     (["{IN}", "{TMP}/out.mkv", "--codec", "ffv1", "--crf", "3"], 1, "codec ffv1 has no crf"),

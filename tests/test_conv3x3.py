@@ -224,6 +224,7 @@ FOLDED = torch.zeros(1, 2, 2, 5, 2, 2, 8)
 @pytest.mark.parametrize("args, options, message", [
     ((X[0], W), {}, r"x must be \(N, H, W, C\)"),
     ((X, W[:, :, :2]), {}, r"weight \(O, C, 3, 3\)"),
+    ((X, W[:0]), {}, r"at least one channel in and one out, got \(0, 8, 3, 3\)"),
     ((X, W), dict(past=X), "weight must take 16 channels .* with past"),
     ((X, W), dict(past=X[:, :2]), "past must have x's shape"),
     ((X, W), dict(upsample=3), "upsample must be 1 or 2, got 3"),
@@ -231,7 +232,7 @@ FOLDED = torch.zeros(1, 2, 2, 5, 2, 2, 8)
     ((X, W, W[0, 0, 0]), {}, r"bias must be \(5,\) .* got \(3,\)"),
     ((X, W.double()), {}, "weight must be torch.float32 on cpu like x, got torch.float64 on cpu"),
     ((X.int(), W), {}, "x must have a floating dtype, got torch.int32"),
-], ids=["rank", "kernel", "channels", "past", "upsample", "residual", "bias", "dtype", "integers"])
+], ids=["rank", "kernel", "no channels", "channels", "past", "upsample", "residual", "bias", "dtype", "integers"])
 def test_bad_arguments_are_named(args, options, message):
     with pytest.raises(ValueError, match=message):
         conv3x3(*args, **options)
@@ -242,8 +243,9 @@ def test_bad_arguments_are_named(args, options, message):
     (lambda: fold_upsample(W, X[0, 0]), r"grow must be \(T \* 8, 8\) for weight .* got \(4, 8\)"),
     (lambda: upsample_conv(X, W), r"folded \(T, 2, 2, O, 2, 2, C\), got .* \(5, 8, 3, 3\)"),
     (lambda: upsample_conv(X[..., :3], FOLDED), r"folded \(T, 2, 2, O, 2, 2, C\), got \(1, 4, 4, 3\)"),
+    (lambda: upsample_conv(X, FOLDED[:0]), "at least one step"),
     (lambda: upsample_conv(X, FOLDED.half()), "folded must be torch.float32 on cpu like x"),
-], ids=["kernel", "grow", "rank", "channels", "dtype"])
+], ids=["kernel", "grow", "rank", "channels", "no step", "dtype"])
 def test_bad_arguments_of_folding_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,5 +1,5 @@
 """What the compilers made of the Triton and Gluon kernels, for machines with no GPU to time them on."""
-from flashvsr_kernels import aot
+from . import aot
 
 FACTS = ("threads", "registers", "stack", "spilled", "shared", "instructions", "serialized")
 MORE_REGISTERS = 8  # a thread's registers are handed out in eights

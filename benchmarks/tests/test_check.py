@@ -1,12 +1,10 @@
 """The gates of benchmarks.check: a slowdown must fail them, and so must a kernel that compiles to worse."""
-import copy
 import json
 
 import pytest
 import torch
 
 from benchmarks import bench_attention, bench_block, check, decoder_peers, machine, peers
-from benchmarks.static_facts import gate_static
 from flashvsr_kernels import _native
 
 CASE = "fwd/256x384/h2/d128/fp32/density0.45/cv0.175/cpu"
@@ -48,6 +46,23 @@ def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
     assert f"WORSE: {CASE}" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
+def test_a_planted_slowdown_of_the_op_fails_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """As above, on the first of the cases that are gated there."""
+    asked = ["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios", "--seconds", "0.5"]
+    first, *_ = check.cases("cuda")
+    monkeypatch.setattr(check, "cases", lambda device: [first])
+    assert check.main([*asked, "--update"]) == 0 and check.main(asked) == 0
+    sparse_attn = peers.sparse_attn
+
+    def slower(*call, **options):
+        sparse_attn(*call, **options)
+        return sparse_attn(*call, **options)
+    monkeypatch.setattr(peers, "sparse_attn", slower)
+    assert check.main(asked) == 1
+    assert f"WORSE: {first.key}" in capsys.readouterr().out
+
+
 @alone
 def test_a_wrong_result_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "cases", lambda device: [
@@ -74,30 +89,6 @@ def test_only_a_known_gpu_is_gated(tmp_path, monkeypatch, capsys, about, outcome
     monkeypatch.setattr(check, "ratios", lambda device, seconds: ({"x": 1.0}, []))
     assert check.main(["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios"]) == outcome
     assert said in capsys.readouterr().out
-
-
-KERNELS = {"sm_90/forward/attend": {
-    "threads": 384, "registers": 168, "stack": 0, "spilled": 0, "shared": 164_072,
-    "instructions": ["wgmma", "tma"], "serialized": False}}
-
-
-@pytest.mark.parametrize("change, same_compiler, worse", [
-    ({}, True, None), ({"registers": 176}, True, None), ({"registers": 184}, True, "registers 184, was 168"),
-    ({"registers": 184}, False, None), ({"shared": 164_073}, True, "shared"),
-    ({"stack": 8}, False, "stack 8, was 0"),
-    ({"spilled": 4}, False, "spilled"), ({"instructions": ["wgmma"]}, False, "lost tma"),
-    ({"serialized": True}, False, "serialized"), ({"message": "ptxas died"}, False, "ptxas died")],
-    ids=lambda value: str(value))
-def test_static_gate(change, same_compiler, worse):
-    found = copy.deepcopy(KERNELS)
-    found["sm_90/forward/attend"] |= change
-    lines = gate_static(found, KERNELS, same_compiler)
-    assert len(lines) == (worse is not None) and all(worse in line for line in lines)
-
-
-def test_static_gate_finds_what_is_gone_and_what_does_not_compile():
-    assert "no such kernel" in gate_static({}, KERNELS, True)[0]
-    assert gate_static(KERNELS | {"new": {"message": "aborted"}}, KERNELS, True) == ["new: aborted"]
 
 
 def test_committed_figures_are_those_that_are_gated():
