@@ -45,15 +45,17 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _convolutions(op: str, module: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Of the decoder: with all that can be fused and with none of it, whole chunks of channels and parts."""
-    for what, dtype, height, width, C, O, fused in (
-            ("128 fused", torch.bfloat16, 768, 1408, 128, 128, True),
-            ("64 fused", torch.float16, 180, 320, 64, 64, True),
-            ("784 to 512", torch.float16, 96, 176, 784, 512, False)):
+    """Of the decoder: with all that can be fused, some of it and none, whole chunks of channels and parts."""
+    for what, dtype, height, width, C, O, biased, fused in (
+            ("128 fused", torch.bfloat16, 768, 1408, 128, 128, True, True),
+            ("128 biased", torch.bfloat16, 768, 1408, 128, 128, True, False),
+            ("64 fused", torch.float16, 180, 320, 64, 64, True, True),
+            ("784 to 512", torch.float16, 96, 176, 784, 512, False, False)):
         x, out = (meta(dtype, 2, height, width, channels) for channels in (C, O))
-        weight = meta(dtype, O, 3, 3, 2 * C if fused else C).permute(0, 3, 1, 2)
-        surroundings = (meta(dtype, O), x, out, True) if fused else (None, None, None, False)
-        yield f"{op} {what}", partial(_launch, module, "conv3x3", x, weight, *surroundings)
+        bias, past, residual = meta(dtype, O) if biased else None, *((x, out) if fused else (None, None))
+        weight = meta(dtype, O, 3, 3, C if past is None else 2 * C).permute(0, 3, 1, 2)
+        call = x, weight, bias, past, residual, biased
+        yield f"{op} {what}", partial(_launch, module, "conv3x3", *call)
     for what, dtype, C, O, T in (("512 to 256 enlarged", torch.bfloat16, 512, 256, 1),
                                  ("32 to 16 grown", torch.bfloat16, 32, 16, 2)):
         if O % 64 and module == "conv3x3_hopper":
