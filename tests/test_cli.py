@@ -22,6 +22,7 @@ PROGRAM = """
 import os, resource, signal, sys
 from flashvsr_model.cli import main
 from tests.stand_in import Nearest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 at = {}
 for word in sys.argv[1].split():
     name, frame = word.split("@")
