@@ -1,6 +1,6 @@
 """The decoder's end as one: the last enlargement and the two convolutions behind it, to red, green and blue.
 
-An op file imports no other, but for this one, whose op is three others' in one, and compat.
+But for block_mask's, an op file imports no other op; this one does, as its op is three in one, and compat.
 """
 import torch
 from torch import Tensor

@@ -82,7 +82,7 @@ class VideoWriter:
         self.name, self.clip, self.note = ("standard output" if path == "-" else path), clip, note
         self.path = None if path == "-" else Path(path)
         self.width, self.height, self.pictures, self.end = width, height, 0, 0
-        self.reformatter, self.stream = VideoReformatter(), None
+        self.reformatter = VideoReformatter()
         self.waiting: deque[av.Packet] = deque()        # copied packets until the video has come that far
         self.kinds = {stream.index: stream.type for stream in clip.copies}
         self.format = "matroska" if path == "-" else CONTAINERS[self.path.suffix.lower()]
@@ -100,15 +100,10 @@ class VideoWriter:
             self.container.metadata.update(_fresh(clip.metadata))
             if self.path is None:                       # a file gets them in finish(), when its end is known
                 self.container.set_chapters(self._chapters(None))
-            self.container.start_encoding()
+            self._start()
         except (av.FFmpegError, OSError, ValueError) as error:
-            context = self.stream and self.stream.codec_context
-            what = f"cannot write {self.name}"
-            if context and not context.is_open:  # that was the step
-                what = (f"encoder {context.name} does not start with {self.width}x{self.height}, {context.pix_fmt}, "
-                        f"rate {clip.rate} (it may want a device, a size or a rate that is not here)")
             self.abort()
-            raise UserError(f"{what}: {error_text(error)}") from error
+            raise UserError(f"cannot write {self.name}: {error_text(error)}") from error
         except BaseException:
             self.abort()
             raise
@@ -160,6 +155,18 @@ class VideoWriter:
                 context.codec_tag = "hvc1"              # what QuickTime plays
         stream.metadata.update(_fresh(clip.stream_metadata))
         self.stream = stream
+
+    def _start(self) -> None:
+        """Opens the encoder and writes the header."""
+        try:
+            self.container.start_encoding()
+        except (av.FFmpegError, OSError, ValueError) as error:
+            context = self.stream.codec_context
+            if context.is_open:
+                raise
+            raise UserError(f"encoder {context.name} does not start with {self.width}x{self.height}, {context.pix_fmt}, "
+                            f"rate {self.clip.rate} (it may want a device, a size or a rate that is not here): "
+                            f"{error_text(error)}") from error
 
     def _tags(self, pix_fmt: str) -> Tags:
         """The input's tags; YUV made from RGB gets the tags of BT.709, limited range."""

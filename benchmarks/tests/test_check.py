@@ -1,11 +1,12 @@
 """The gates of benchmarks.check: a slowdown must fail them, and so must a kernel that compiles to worse."""
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from benchmarks import bench_attention, bench_block, check, decoder_peers, machine, peers
-from flashvsr_kernels import _native
+from flashvsr_kernels import _native, aot
 
 CASE = "fwd/256x384/h2/d128/fp32/density0.45/cv0.175/cpu"
 alone = pytest.mark.skipif(_native.available() is not None or torch.cuda.is_available(),
@@ -25,16 +26,12 @@ def test_bounds_find_a_planted_tenth_on_a_gpu_and_a_doubling_on_a_cpu():
     assert check.gate({"a": 1 / 2}, {"a": 1}, check.BOUND["cpu"])
 
 
-@alone
-def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
+def planted_slowdown_fails(case, name, tmp_path, monkeypatch, capsys):
     """Recorded as it is, the op passes; doing its work twice, it fails. Measured, not simulated."""
     asked = ["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios", "--seconds", "0.5"]
-    monkeypatch.setattr(check, "cases", lambda device: [
-        case for case in bench_attention.grid(device, quick=True) if f"{case.key}/cpu" == CASE])
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(check, "cases", lambda device: [case])
     assert check.main([*asked, "--update"]) == 0
-    recorded = json.loads((tmp_path / "ratios.json").read_text())[f"cpu {machine.instructions()}"]
-    assert recorded["ratios"].keys() == {CASE} and recorded["ratios"][CASE] > .2
+    recorded = json.loads((tmp_path / "ratios.json").read_text())[name]["ratios"]
     assert check.main(asked) == 0
     sparse_attn = peers.sparse_attn
 
@@ -43,24 +40,21 @@ def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
         return sparse_attn(*call, **options)
     monkeypatch.setattr(peers, "sparse_attn", slower)
     assert check.main(asked) == 1
-    assert f"WORSE: {CASE}" in capsys.readouterr().out
+    assert f"WORSE: {case.key}" in capsys.readouterr().out
+    return recorded
+
+
+@alone
+def test_a_planted_slowdown_of_the_op_fails(tmp_path, monkeypatch, capsys):
+    case, = (case for case in bench_attention.grid("cpu", quick=True) if f"{case.key}/cpu" == CASE)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    recorded = planted_slowdown_fails(case, f"cpu {machine.instructions()}", tmp_path, monkeypatch, capsys)
+    assert recorded.keys() == {CASE} and recorded[CASE] > .2
 
 
 @pytest.mark.gpu
 def test_a_planted_slowdown_of_the_op_fails_on_a_gpu(tmp_path, monkeypatch, capsys):
-    """As above, on the first of the cases that are gated there."""
-    asked = ["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios", "--seconds", "0.5"]
-    first, *_ = check.cases("cuda")
-    monkeypatch.setattr(check, "cases", lambda device: [first])
-    assert check.main([*asked, "--update"]) == 0 and check.main(asked) == 0
-    sparse_attn = peers.sparse_attn
-
-    def slower(*call, **options):
-        sparse_attn(*call, **options)
-        return sparse_attn(*call, **options)
-    monkeypatch.setattr(peers, "sparse_attn", slower)
-    assert check.main(asked) == 1
-    assert f"WORSE: {first.key}" in capsys.readouterr().out
+    planted_slowdown_fails(check.cases("cuda")[0], torch.cuda.get_device_name(), tmp_path, monkeypatch, capsys)
 
 
 @alone
@@ -89,6 +83,17 @@ def test_only_a_known_gpu_is_gated(tmp_path, monkeypatch, capsys, about, outcome
     monkeypatch.setattr(check, "ratios", lambda device, seconds: ({"x": 1.0}, []))
     assert check.main(["--baseline", str(tmp_path / "ratios.json"), "--part", "ratios"]) == outcome
     assert said in capsys.readouterr().out
+
+
+def test_the_static_part_records_and_gates(tmp_path, monkeypatch, capsys):
+    kernel = aot.Kernel(90, "forward", "attend", 384, 168, 0, 0, 1000, 0, ("wgmma",), False, 1.0, "hash")
+    found, asked = [kernel], ["--part", "static", "--static", str(tmp_path / "static.json")]
+    monkeypatch.setattr(check.aot, "compiled", lambda archs: found)
+    monkeypatch.setattr(check, "versions", lambda: {"torch": "2.11", "triton": "3.6"})
+    assert check.main([*asked, "--update"]) == 0 and check.main(asked) == 0
+    found[0] = dataclasses.replace(kernel, spilled=8)
+    assert check.main(asked) == 1
+    assert "WORSE: sm_90/forward/attend: spilled 8, was 0" in capsys.readouterr().out
 
 
 def test_committed_figures_are_those_that_are_gated():
