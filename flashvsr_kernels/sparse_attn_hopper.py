@@ -42,9 +42,9 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _meet = getattr(gl, "thread_barrier", None) or gl.barrier
 
-# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; turns of the
-# consumers 14 and 15. Triton itself uses the low numbers. 288 threads are both consumers and the producer, 256 the
-# consumers.
+# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; consumers told of a tile
+# 13; all tiles served 7; turns of the consumers 14 and 15. Triton itself uses the low numbers. 288 threads are both
+# consumers and the producer, 256 the consumers.
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(10)
 
@@ -127,6 +127,7 @@ def _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap
     told.index(0).store(gl.full([1], tile, gl.int32, L))
     told.index(1).store(gl.full([1], n, gl.int32, L))
     told.index(2).store(gl.full([1], gl.minimum(Lk - block * 128, 128), gl.int32, L))
+    _barrier("bar.arrive 13, 288; mov.u32 $0, 0;")
     for w in gl.static_range(2):
         mbarrier.expect(q_full.index(w), 64 * q_desc.block_shape[3] * 2)
         _load(q_desc, [batch, row + w * 64, head, 0], q_full.index(w), q_tile.index(w))
@@ -142,7 +143,7 @@ def _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap
 
 @gluon.jit
 def _producer(q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring, v_ring,
-              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr):
+              q_full, k_full, v_full, bad, FIXED_MAX: gl.constexpr):
     rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
     served = 0
     step = 0
@@ -156,7 +157,7 @@ def _producer(q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap
             served += 1
             step += n
     if FIXED_MAX:
-        mbarrier.wait(judged, 0)
+        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")
         L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         if gl.max(bad.index(0).load(L) + bad.index(1).load(L), 0) > 0:
             for i in range(rounds):
@@ -268,9 +269,10 @@ def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_
     D: gl.constexpr = out_desc.block_shape[3]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     R: gl.constexpr = gl.SliceLayout(1, O)
-    mbarrier.wait(q_full.index(W), served & 1)
+    _barrier("bar.sync 13, 288; mov.u32 $0, 0;")
     tile, n = _told(told, 0), _told(told, 1)
     row, head, batch = tile % Mq * 128 + W * 64, tile // Mq % H, tile // Mq // H
+    mbarrier.wait(q_full.index(W), served & 1)
     acc = gl.full([64, D], 0.0, gl.float32, O)
     log_sum = gl.full([64], float("-inf"), gl.float32, R)
     is_bad = 0
@@ -308,7 +310,7 @@ def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_
 
 @gluon.jit
 def _consumer(W: gl.constexpr, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring,
-              q_full, k_full, v_full, bad, judged, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+              q_full, k_full, v_full, bad, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
     served = 0
@@ -325,8 +327,7 @@ def _consumer(W: gl.constexpr, out_desc, lse, order, again, c, Lq, H, Mq, tiles,
             step += n
     if FIXED_MAX:
         bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))
-        mbarrier.arrive(judged, count=1)
-        mbarrier.wait(judged, 0)
+        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")
         if gl.max(bad.index(0).load(ONE) + bad.index(1).load(ONE), 0) > 0:
             for i in range(rounds):
                 if _place(i) < tiles:
@@ -351,20 +352,17 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, a
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    judged = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     bad = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-    if FIXED_MAX:  # Triton gives the memory of a barrier that nobody waits for to another buffer
-        mbarrier.init(judged, count=2)
     fence_async_shared()
     gl.warp_specialize([
         (_consumer, (0, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+                     k_full, v_full, bad, FIXED_MAX, PARTIAL)),
         (_consumer, (1, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, judged, FIXED_MAX, PARTIAL)),
+                     k_full, v_full, bad, FIXED_MAX, PARTIAL)),
         (_producer, (q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring,
-                     v_ring, q_full, k_full, v_full, bad, judged, FIXED_MAX)),
+                     v_ring, q_full, k_full, v_full, bad, FIXED_MAX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

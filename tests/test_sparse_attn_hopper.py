@@ -92,6 +92,9 @@ def test_rows_that_need_the_running_maximum(device, rows):
 MISTAKES = {
     "none": ("", ""),
     "queries overwritten while they are read": ('        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")', "        pass"),
+    "rows asked for before they are judged": (
+        '        bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))\n        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")',
+        '        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")\n        bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))'),
     "keys freed while they are read": ("s = warpgroup_mma_wait(1, deps=[s])\n        _free(K_FREE, at)",
                                        "_free(K_FREE, at)\n        s = warpgroup_mma_wait(1, deps=[s])"),
     "values freed while they are read": ("        pv = warpgroup_mma(b_p, v_ring.index(at - 1 & 1)",
