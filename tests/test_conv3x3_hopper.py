@@ -37,7 +37,8 @@ REAL = {"A": (4, 768, 1408, 128, 128, False, False), "A + residual": (4, 768, 14
         "D": (2, 96, 176, 512, 512, False, True), "D past": (2, 96, 176, 512, 512, True, False),
         "first": (2, 96, 176, 784, 512, False, False)}
 FOLDED = {"1": (2, 96, 176, 512, 256, 1), "2": (2, 192, 352, 256, 128, 2), "3": (4, 384, 704, 128, 128, 2)}
-THREADS = {late: Launcher(conv3x3_hopper, "conv3x3_kernel", late) for late in ("products", "copies")}
+LAUNCHER = partial(Launcher, name="conv3x3_kernel", _plus=lambda b_sum, b_half: b_sum + b_half.float())
+THREADS = {late: LAUNCHER(conv3x3_hopper, late=late) for late in ("products", "copies")}
 with_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
@@ -183,7 +184,7 @@ MISTAKES = {
 def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     right, wrong = mistake
     mistaken = planted(conv3x3_hopper, right, wrong, tmp_path, monkeypatch)
-    launchers = [Launcher(mistaken, "conv3x3_kernel", late) for late in ("products", "copies")]
+    launchers = [LAUNCHER(mistaken, late=late) for late in ("products", "copies")]
     call, found = make("cpu", 1, 33, 66, 64, 64), []
     head, planes = (torch.randn(3, 64, 3, 3) / 8).to(BF16, memory_format=torch.channels_last), torch.empty(27, 1, 32, 64)
     x, weight = call[0][:, :32, :64].contiguous(), call[1][:, :64].contiguous(memory_format=torch.channels_last)
