@@ -22,15 +22,18 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m flashvsr_model demo
 
-# The interpreted kernels' tests have a process of their own, beside the others: both keep to one core mostly.
+# What interprets kernels and what compiles them ahead of time have processes of their own beside the other tests, which
+# keep to one core mostly and take longest.
 test: $(VENV)/triton
 ifdef ARGS
 	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
 else
 	$(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
-	  trap "kill $$interpreted 2>/dev/null || true" EXIT; failed=0; \
-	  $(TEST_ENV) $(RUN) -m pytest || failed=1; \
-	  wait $$interpreted || failed=1; cat $(VENV)/interpreted.log; exit $$failed
+	  $(TEST_ENV) $(RUN) -m pytest tests/test_aot.py >$(VENV)/compiled.log 2>&1 & compiled=$$!; \
+	  trap "kill $$interpreted $$compiled 2>/dev/null || true" EXIT; failed=0; \
+	  $(TEST_ENV) $(RUN) -m pytest --ignore tests/test_aot.py || failed=1; \
+	  wait $$compiled || failed=1; wait $$interpreted || failed=1; \
+	  cat $(VENV)/compiled.log $(VENV)/interpreted.log; exit $$failed
 endif
 
 bench: $(VENV)/triton
