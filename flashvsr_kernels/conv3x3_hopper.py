@@ -309,7 +309,8 @@ def _fetch_residual(desc, place, W: gl.constexpr, staging, full):
 @gluon.jit
 def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks,
               x_ring, w_ring, head, staging, x_full, w_full, head_full, residual_full, SIDE: gl.constexpr,
-              WIDE: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, HEAD: gl.constexpr, RELU: gl.constexpr):
+              WIDE: gl.constexpr, BIAS: gl.constexpr, PAST: gl.constexpr, RESIDUAL: gl.constexpr, HEAD: gl.constexpr,
+              RELU: gl.constexpr):
     STAGES: gl.constexpr = x_full.shape[0]
     SLOTS: gl.constexpr = w_full.shape[0]
     BLOCK: gl.constexpr = w_ring.shape[1]
@@ -375,7 +376,11 @@ def _consumer(W: gl.constexpr, out_desc, residual_desc, bias, tiles, columns, pa
             if BIAS:
                 b_out += b_bias[None, :]
             if RESIDUAL:
-                b_out = _plus(b_out, staging.index(W * HALVES + h).load(SUMS))
+                b_residual = staging.index(W * HALVES + h).load(SUMS)
+                if PAST:  # _plus would have ptxas keep two of the producer's numbers in memory
+                    b_out += b_residual.to(gl.float32)
+                else:
+                    b_out = _plus(b_out, b_residual)
             if RELU:
                 b_out = gl.maximum(b_out, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if HEAD:
@@ -447,9 +452,11 @@ def conv3x3_kernel(x_body, x_rest, past_body, past_rest, weight_desc, out_desc, 
     fence_async_shared()
     gl.warp_specialize([
         (_consumer, (0, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring, w_ring,
-                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, HEAD, RELU)),
+                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, PAST, RESIDUAL, HEAD,
+                     RELU)),
         (_consumer, (1, out_desc, residual_desc, bias, tiles, columns, panels, across, down, chunks, x_ring, w_ring,
-                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, RESIDUAL, HEAD, RELU)),
+                     head, staging, x_full, w_full, head_full, residual_full, SIDE, WIDE, BIAS, PAST, RESIDUAL, HEAD,
+                     RELU)),
         (_producer, (x_body, x_rest, past_body, past_rest, weight_desc, head_desc, tiles, columns, panels, across,
                      down, C, first, x_ring, w_ring, head, x_full, w_full, head_full, SIDE, WIDE, PAST, HEAD)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
