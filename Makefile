@@ -22,14 +22,14 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m flashvsr_model demo
 
-# What interprets kernels and what compiles them ahead of time have processes of their own beside the other tests, which
-# keep to one core mostly and take longest.
+# What interprets kernels and what compiles them ahead of time have processes of their own. The other tests keep to one
+# core mostly and take longest: they go first.
 test: $(VENV)/triton
 ifdef ARGS
 	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
 else
-	$(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
-	  $(TEST_ENV) $(RUN) -m pytest tests/test_aot.py >$(VENV)/compiled.log 2>&1 & compiled=$$!; \
+	$(TEST_ENV) TRITON_INTERPRET=1 nice $(RUN) -m pytest -m interpret >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
+	  $(TEST_ENV) nice $(RUN) -m pytest tests/test_aot.py >$(VENV)/compiled.log 2>&1 & compiled=$$!; \
 	  trap "kill $$interpreted $$compiled 2>/dev/null || true" EXIT; failed=0; \
 	  $(TEST_ENV) $(RUN) -m pytest --ignore tests/test_aot.py || failed=1; \
 	  wait $$compiled || failed=1; wait $$interpreted || failed=1; \

@@ -30,6 +30,7 @@ SHAPES = {"whole tiles": (1, 16, 64, 64, 64, BF16), "odd": (2, 9, 70, 128, 128, 
           "one column": (1, 41, 1, 64, 64, BF16), "784 channels": (1, 6, 5, 784, 64, BF16),
           "40 channels": (1, 5, 7, 40, 192, BF16), "less than a round": (1, 3, 66, 8, 320, BF16),
           "many": (2, 19, 67, 64, 128, BF16), "fp16": (1, 9, 70, 64, 128, FP16)}
+ENLARGED = {name: shape for name, shape in SHAPES.items() if name != "many"}  # eight phases of the others are many tiles
 # N, H, W, C, O of a chunk at 768x1408, with past, with residual
 REAL = {"A": (4, 768, 1408, 128, 128, False, False), "A + residual": (4, 768, 1408, 128, 128, False, True),
         "B": (4, 384, 704, 128, 128, False, True), "B past": (4, 384, 704, 128, 128, True, False),
@@ -89,7 +90,7 @@ def test_conv3x3(device, tiles, shape):
 
 
 @pytest.mark.parametrize("T", [1, 2], ids=["T=1", "T=2"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", ENLARGED.values(), ids=ENLARGED.keys())
 def test_upsample_conv(device, tiles, shape, T):
     check_upsample_conv(*make_folded(device, *shape, T))
 
@@ -225,8 +226,10 @@ def test_784_channels_are_supported():
 
 
 def launches():
-    """Of each kernel that real shapes need: name, whether wide, taps, channels, whether residual, whether head, call."""
-    for name in "A", "A + residual", "B past", "C", "C past", "first":
+    """Of kernels that real shapes need: name, whether wide, taps, channels, whether residual, whether head, call. Those
+    that lay memory out as one of these does are compiled by test_aot.
+    """
+    for name in "A", "A + residual", "B past":
         N, H, W, C, O, past, residual = REAL[name]
         x, out = (meta(BF16, N, H, W, channels) for channels in (C, O))
         weight = meta(BF16, O, 3, 3, 2 * C if past else C).permute(0, 3, 1, 2)
