@@ -40,7 +40,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._triton import processors
 
-CONSUMER_REGISTERS = gl.constexpr(232)   # of a thread; 65536 in all
+CONSUMER_REGISTERS = gl.constexpr(232)   # of a thread; 64512 in all
 PRODUCER_REGISTERS = gl.constexpr(40)    # with 24 it spills
 
 # Triton 3.8 brought the new names, 3.9 dropped the old; 3.7 renamed the barrier of a partition's threads.

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ._triton import processors
 
 BLOCK = 128                                           # tokens of a block
-CONSUMER_REGISTERS = gl.constexpr(240)                # of a thread; 65536 in all
+CONSUMER_REGISTERS = gl.constexpr(240)                # of a thread; 64512 in all
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 # Triton 3.8 brought the new names, 3.9 dropped the old.
