@@ -23,7 +23,7 @@ demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m flashvsr_model demo
 
 # What interprets kernels and then what compiles them ahead of time have a process group of their own beside the other
-# tests: each keeps to one core mostly and takes about as long. A third at once made the two cores of one machine slower.
+# tests: each keeps to one core mostly.
 test: $(VENV)/triton
 ifdef ARGS
 	$(TEST_ENV) $(RUN) -m pytest $(ARGS)
