@@ -1,10 +1,11 @@
 """Block-sparse attention forward for Hopper (sm_90), in Gluon: TMA, wgmma and specialised warps.
 
-Programs stay on their multiprocessor and serve query blocks one after the other. One producer warp streams the
-listed key and value blocks through a ring in shared memory by TMA, the next query block's while the consumers still
-are at the last; two consumer warpgroups of 64 query rows each take turns at the tensor cores: while one multiplies,
-the other computes its exponentials. Inside a warpgroup the product P V of the block before runs under the softmax of
-the current one.
+Programs stay on their multiprocessor and serve query blocks one after the other, each the next in the order when it
+has nearly served its last: so those with neighbouring blocks stay in step, and share what the L2 holds. One producer
+warp streams the listed key and value blocks through a ring in shared memory by TMA, the next query block's while the
+consumers still are at the last; two consumer warpgroups of 64 query rows each take turns at the tensor cores: while
+one multiplies, the other computes its exponentials. Inside a warpgroup the product P V of the block before runs under
+the softmax of the current one.
 
 bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange
 between lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum,
@@ -42,11 +43,12 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _meet = getattr(gl, "thread_barrier", None) or gl.barrier
 
-# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; consumers told of a tile
-# 13; all tiles served 7; turns of the consumers 14 and 15. Triton itself uses the low numbers. 288 threads are both
-# consumers and the producer, 256 the consumers.
+# Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; consumers told of a
+# tile, or that there are no more, 13; all tiles served 7; turns of the consumers 14 and 15. Triton itself uses the low
+# numbers. 288 threads are both consumers and the producer, 256 the consumers.
 K_FREE = gl.constexpr(8)
 V_FREE = gl.constexpr(10)
+AHEAD = gl.constexpr(8)  # blocks before a tile's last when its program takes the next tile, as the answer needs time
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order: Tensor,
@@ -56,11 +58,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     half, whole, tiles = [1, BLOCK // 2, 1, D], [1, BLOCK, 1, D], B * H * Mq
-    again = torch.empty((tiles, 2), dtype=torch.int32, device=q.device)  # halves that need the running maximum
+    # Of each tile: halves that need the running maximum, and the tile that its program served before.
+    again = torch.empty((tiles, 3), dtype=torch.int32, device=q.device)
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # tiles, beside each program's first
     with torch.cuda.device_of(q):
         forward_kernel[(min(tiles, processors(q.device)),)](
             _descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole), _descriptor(out, half), lse, index,
-            count, order, again, scale * math.log2(math.e), Lq, Lk, H, Mq, cap, tiles,
+            count, order, taken, again, scale * math.log2(math.e), Lq, Lk, H, Mq, cap, tiles,
             **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
     return out, lse
 
@@ -101,37 +105,60 @@ def _fetch(desc, batch, row, head, step, ring, full, free: gl.constexpr):
 
 
 @gluon.jit
-def _place(i):
-    """Of a program's i-th tile in the order: forwards and backwards in turn, so that all get as much if it is sorted."""
-    programs = gl.num_programs(0)
-    return i * programs + gl.where(i & 1 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+def _take(taken):
+    """Asks for a place in the order. Lane 0 will have the answer, _answer waits for it; gl.atomic_add would at once."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0; "
+        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }", "=r,l", [taken], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told, k_ring, v_ring, q_full,
-            k_full, v_full):
-    """A tile's queries, and its listed blocks from the last to the first, keys one block ahead of values.
+def _answer(ticket):
+    return gl.num_programs(0) + gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [ticket], dtype=gl.int32, is_pure=False, pack=1)
 
-    served: tiles before    step: blocks that went through the ring before
-    told: for the consumers, who would have to wait for memory: tile, n, and keys of the block that comes first
+
+@gluon.jit
+def _tell(told, tile, n, edge, first):
+    """The consumers, who would have to wait for memory: tile, -1 if there are no more, n and the first block's keys.
+
+    first: of a pass; before others the consumers must have done with the tile before
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if first == 0:
+        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")
+    told.index(0).store(gl.full([1], tile, gl.int32, L))
+    told.index(1).store(gl.full([1], n, gl.int32, L))
+    told.index(2).store(gl.full([1], edge, gl.int32, L))
+    _barrier("bar.arrive 13, 288; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _stream(q_desc, k_desc, v_desc, tile, n, first, step, taken, index, Lk, H, Mq, cap, q_tile, told, k_ring, v_ring,
+            q_full, k_full, v_full, TAKE: gl.constexpr):
+    """A tile's queries, and its listed blocks from the last to the first, keys one block ahead of values.
+
+    first: of a pass    step: blocks that went through the ring before
+    TAKE: the next tile's place is asked for: returns what _answer wants
+    """
     row, head, batch = tile % Mq * 128, tile // Mq % H, tile // Mq // H
     index += tile.to(gl.int64) * cap
     block = gl.load(index + gl.maximum(n - 1, 0))
     following = gl.load(index + gl.maximum(n - 2, 0))
     if n > 0:
         _fetch(k_desc, batch, block * 128, head, step, k_ring, k_full, K_FREE)
-    if served > 0:
-        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")
-    told.index(0).store(gl.full([1], tile, gl.int32, L))
-    told.index(1).store(gl.full([1], n, gl.int32, L))
-    told.index(2).store(gl.full([1], gl.minimum(Lk - block * 128, 128), gl.int32, L))
-    _barrier("bar.arrive 13, 288; mov.u32 $0, 0;")
+    _tell(told, tile, n, gl.minimum(Lk - block * 128, 128), first)
     for w in gl.static_range(2):
         mbarrier.expect(q_full.index(w), 64 * q_desc.block_shape[3] * 2)
         _load(q_desc, [batch, row + w * 64, head, 0], q_full.index(w), q_tile.index(w))
+    ticket = 0
+    if TAKE:
+        if n < 2:
+            ticket = _take(taken)
     for j in range(1, n):
+        if TAKE:
+            if j == gl.maximum(n - AHEAD, 1):
+                ticket = _take(taken)
         before = block
         block = following
         following = gl.load(index + gl.maximum(n - 2 - j, 0))
@@ -139,37 +166,42 @@ def _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap
         _fetch(v_desc, batch, before * 128, head, step + j - 1, v_ring, v_full, V_FREE)
     if n > 0:
         _fetch(v_desc, batch, block * 128, head, step + n - 1, v_ring, v_full, V_FREE)
+    return ticket
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring, v_ring,
-              q_full, k_full, v_full, bad, FIXED_MAX: gl.constexpr):
-    rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
-    served = 0
+def _producer(q_desc, k_desc, v_desc, index, count, order, taken, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring,
+              v_ring, q_full, k_full, v_full, bad, FIXED_MAX: gl.constexpr):
+    place = gl.program_id(0)
+    tile = -1
+    first = 1
     step = 0
-    for i in range(rounds):
-        place = _place(i)
-        if place < tiles:
-            tile = gl.load(order + place)
-            n = gl.load(count + tile)
-            _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told, k_ring, v_ring,
-                    q_full, k_full, v_full)
-            served += 1
-            step += n
+    while place < tiles:
+        before = tile
+        tile = gl.load(order + place)
+        n = gl.load(count + tile)
+        if FIXED_MAX:
+            gl.store(again + tile * 3 + 2, before)
+        ticket = _stream(q_desc, k_desc, v_desc, tile, n, first, step, taken, index, Lk, H, Mq, cap, q_tile, told,
+                         k_ring, v_ring, q_full, k_full, v_full, True)
+        place = _answer(ticket)
+        first = 0
+        step += n
+    _tell(told, -1, 0, 0, first)
     if FIXED_MAX:
         _barrier("bar.sync 7, 288; mov.u32 $0, 0;")
         L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         if gl.max(bad.index(0).load(L) + bad.index(1).load(L), 0) > 0:
-            for i in range(rounds):
-                place = _place(i)
-                if place < tiles:
-                    tile = gl.load(order + place)
+            first = 1
+            while tile >= 0:
+                if gl.load(again + tile * 3) + gl.load(again + tile * 3 + 1) > 0:
                     n = gl.load(count + tile)
-                    if gl.load(again + tile * 2) + gl.load(again + tile * 2 + 1) > 0:
-                        _stream(q_desc, k_desc, v_desc, tile, n, served, step, index, Lk, H, Mq, cap, q_tile, told,
-                                k_ring, v_ring, q_full, k_full, v_full)
-                        served += 1
-                        step += n
+                    _stream(q_desc, k_desc, v_desc, tile, n, first, step, taken, index, Lk, H, Mq, cap, q_tile, told,
+                            k_ring, v_ring, q_full, k_full, v_full, False)
+                    first = 0
+                    step += n
+                tile = gl.load(again + tile * 3 + 2)
+            _tell(told, -1, 0, 0, first)
 
 
 @gluon.jit
@@ -261,16 +293,21 @@ def _told(told, i: gl.constexpr):
 
 
 @gluon.jit
-def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring, v_ring,
-           q_full, k_full, v_full, FIXED_MAX: gl.constexpr, AGAIN: gl.constexpr, PARTIAL: gl.constexpr):
-    """A consumer's half of a tile, written if its maximum was good enough: the blocks that went through the ring, and
-    whether it was not. AGAIN: written only if it was not the first time
+def _next(told):
+    _barrier("bar.sync 13, 288; mov.u32 $0, 0;")
+    return _told(told, 0), _told(told, 1)
+
+
+@gluon.jit
+def _serve(W: gl.constexpr, tile, n, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring,
+           v_ring, q_full, k_full, v_full, FIXED_MAX: gl.constexpr, AGAIN: gl.constexpr, PARTIAL: gl.constexpr):
+    """A consumer's half of a tile, written if its maximum was good enough; returns whether it was not.
+
+    AGAIN: written only if it was not the first time
     """
     D: gl.constexpr = out_desc.block_shape[3]
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     R: gl.constexpr = gl.SliceLayout(1, O)
-    _barrier("bar.sync 13, 288; mov.u32 $0, 0;")
-    tile, n = _told(told, 0), _told(told, 1)
     row, head, batch = tile % Mq * 128 + W * 64, tile // Mq % H, tile // Mq // H
     mbarrier.wait(q_full.index(W), served & 1)
     acc = gl.full([64, D], 0.0, gl.float32, O)
@@ -292,7 +329,7 @@ def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_
     _barrier("bar.arrive 12, 288; mov.u32 $0, 0;")
     asked = 1
     if AGAIN:
-        asked = gl.load(again + tile * 2 + W)
+        asked = gl.load(again + tile * 3 + W)
     if asked > is_bad:
         tma.store_wait(0)
         _meet()
@@ -304,45 +341,44 @@ def _serve(W: gl.constexpr, out_desc, lse, again, served, step, c, Lq, H, Mq, q_
         rows = row + gl.arange(0, 64, R)
         gl.store(lse + (tile // Mq).to(gl.int64) * Lq + rows, log_sum, mask=rows < Lq)
     if FIXED_MAX:
-        gl.store(again + tile * 2 + W, is_bad)
-    return n, is_bad
+        gl.store(again + tile * 3 + W, is_bad)
+    return is_bad
 
 
 @gluon.jit
-def _consumer(W: gl.constexpr, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring,
-              q_full, k_full, v_full, bad, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+def _consumer(W: gl.constexpr, out_desc, lse, again, c, Lq, H, Mq, q_tile, out_tile, told, k_ring, v_ring, q_full,
+              k_full, v_full, bad, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    rounds = (tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
     served = 0
     step = 0
     any_bad = 0
     if W == 1:
         _barrier("bar.arrive 14, 256; mov.u32 $0, 0;")  # the first turn is the other consumer's
-    for i in range(rounds):
-        if _place(i) < tiles:
-            n, is_bad = _serve(W, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring,
-                               v_ring, q_full, k_full, v_full, FIXED_MAX, False, PARTIAL)
-            any_bad = gl.maximum(any_bad, is_bad)
-            served += 1
-            step += n
+    tile, n = _next(told)
+    while tile >= 0:
+        is_bad = _serve(W, tile, n, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring,
+                        v_ring, q_full, k_full, v_full, FIXED_MAX, False, PARTIAL)
+        any_bad = gl.maximum(any_bad, is_bad)
+        served += 1
+        step += n
+        tile, n = _next(told)
     if FIXED_MAX:
         bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))
         _barrier("bar.sync 7, 288; mov.u32 $0, 0;")
         if gl.max(bad.index(0).load(ONE) + bad.index(1).load(ONE), 0) > 0:
-            for i in range(rounds):
-                if _place(i) < tiles:
-                    tile = gl.load(order + _place(i))
-                    if gl.load(again + tile * 2) + gl.load(again + tile * 2 + 1) > 0:
-                        n, _ = _serve(W, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told,
-                                      k_ring, v_ring, q_full, k_full, v_full, False, True, PARTIAL)
-                        served += 1
-                        step += n
+            tile, n = _next(told)
+            while tile >= 0:
+                _serve(W, tile, n, out_desc, lse, again, served, step, c, Lq, H, Mq, q_tile, out_tile, told, k_ring,
+                       v_ring, q_full, k_full, v_full, False, True, PARTIAL)
+                served += 1
+                step += n
+                tile, n = _next(told)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["Lq", "Lk", "H", "Mq", "cap", "tiles"])
-def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, again, c, Lq, Lk, H, Mq, cap, tiles,
-                   FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
+def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, taken, again, c, Lq, Lk, H, Mq, cap,
+                   tiles, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = k_desc.block_shape[3]
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     out_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
@@ -359,10 +395,10 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, a
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize([
-        (_consumer, (0, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, FIXED_MAX, PARTIAL)),
-        (_consumer, (1, out_desc, lse, order, again, c, Lq, H, Mq, tiles, q_tile, out_tile, told, k_ring, v_ring, q_full,
-                     k_full, v_full, bad, FIXED_MAX, PARTIAL)),
-        (_producer, (q_desc, k_desc, v_desc, index, count, order, again, Lk, H, Mq, cap, tiles, q_tile, told, k_ring,
-                     v_ring, q_full, k_full, v_full, bad, FIXED_MAX)),
+        (_consumer, (0, out_desc, lse, again, c, Lq, H, Mq, q_tile, out_tile, told, k_ring, v_ring, q_full, k_full,
+                     v_full, bad, FIXED_MAX, PARTIAL)),
+        (_consumer, (1, out_desc, lse, again, c, Lq, H, Mq, q_tile, out_tile, told, k_ring, v_ring, q_full, k_full,
+                     v_full, bad, FIXED_MAX, PARTIAL)),
+        (_producer, (q_desc, k_desc, v_desc, index, count, order, taken, again, Lk, H, Mq, cap, tiles, q_tile, told,
+                     k_ring, v_ring, q_full, k_full, v_full, bad, FIXED_MAX)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -9,6 +9,7 @@ import torch
 triton = pytest.importorskip("triton", "3.6")
 
 from flashvsr_kernels import BlockMask, backends, sparse_attn, sparse_attn_hopper
+from tests import gluon_on_threads
 from tests.error_rule import check_attention
 from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
@@ -29,7 +30,15 @@ def shrunk(l, shrink):
     return l * shrink[:, None]
 
 
-THREADS = {late: Launcher(sparse_attn_hopper, "forward_kernel", late, _shrunk=shrunk) for late in ("products", "copies")}
+def take(taken):
+    """Stands for an atomic addition; one program runs at a time."""
+    place = int(taken.load())
+    taken.store(place + 1)
+    return place
+
+
+STAND_INS = dict(_shrunk=shrunk, _take=take, _answer=lambda ticket: gluon_on_threads.LANGUAGE.num_programs(0) + ticket)
+THREADS = {late: Launcher(sparse_attn_hopper, "forward_kernel", late, **STAND_INS) for late in ("products", "copies")}
 
 
 def needs_hopper(test):
@@ -92,6 +101,8 @@ def test_rows_that_need_the_running_maximum(device, rows):
 MISTAKES = {
     "none": ("", ""),
     "queries overwritten while they are read": ('        _barrier("bar.sync 12, 288; mov.u32 $0, 0;")', "        pass"),
+    "tiles that were served before not kept": ("gl.store(again + tile * 3 + 2, before)",
+                                               "gl.store(again + tile * 3 + 2, -1)"),
     "rows asked for before they are judged": (
         '        bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))\n        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")',
         '        _barrier("bar.sync 7, 288; mov.u32 $0, 0;")\n        bad.index(W).store(gl.full([1], any_bad, gl.int32, ONE))'),
@@ -102,7 +113,8 @@ MISTAKES = {
     "no fence before a store": ("fence_async_shared()\n        _meet", "_meet"),
     "a store's source overwritten": ("        tma.store_wait(0)\n        _meet()\n        half", "        half"),
     "the ring's phase of values": ("mbarrier.wait(v_full.index(last & 1), last >> 1 & 1)", "pass"),
-    "blocks of the tiles before not counted": ("            step += n\n    if FIXED_MAX:\n        bad", "    if FIXED_MAX:\n        bad"),
+    "blocks of the tiles before not counted": ("        step += n\n        tile, n = _next(told)\n    if FIXED_MAX",
+                                               "        tile, n = _next(told)\n    if FIXED_MAX"),
     "nobody asks whether rows were bad": ("is_bad = gl.max(gl.where(good, 0, 1), 0)", "is_bad = 0")}
 
 
@@ -114,7 +126,7 @@ def test_threads_find_mistakes(mistake, tmp_path, monkeypatch):
     mask[..., -1] = True
     q[:, 300:410] *= 60
     lists = BlockMask.from_dense(mask)
-    launchers = [Launcher(mistaken, "forward_kernel", late, _shrunk=shrunk) for late in ("products", "copies")]
+    launchers = [Launcher(mistaken, "forward_kernel", late, **STAND_INS) for late in ("products", "copies")]
     # Whether a mistake shows can depend on which thread runs when: more than one try.
     for launcher in launchers * (10 if right else 1):
         if any(found):
