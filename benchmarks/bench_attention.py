@@ -47,13 +47,14 @@ def gather(names: list[str],
     return ready, errors, refused
 
 
-def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list[dict], list[dict]]:
+def run(case: Case, names: list[str], device: str, seconds: float,
+        settled: bool = False) -> tuple[list[dict], list[dict]]:
     """Rows of the contestants that run the case, and the refusals of those that do not."""
     work = Work.of(case, device)
     ready, errors, refused = gather([DENSE[device], *names], work)
     product, product_flop = gemm(device, case.dtype)
     product()
-    times = measure({"gemm": product} | {name: made.call for name, made in ready.items()}, device, seconds)
+    times = measure({"gemm": product} | {name: made.call for name, made in ready.items()}, device, seconds, settled)
     lists = measure({"lists": lambda: BlockMask.from_dense(work.dense)}, device, seconds / 20)["lists"]
     dense, rate = times.get(DENSE[device]), product_flop / summary(times["gemm"])["us"] / 1e6
     rows = []
@@ -179,6 +180,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with all of these")
     parser.add_argument("--seconds", type=float, default=4, help="of timing for a case, at least")
+    parser.add_argument("--settled", action="store_true", help="each at the clock of its own load, in longer turns")
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")
     parser.add_argument("--plot", type=Path, help="draw them, as PNG")
@@ -199,10 +201,11 @@ def main(argv: list[str] | None = None) -> int:
     for why in absent.values():
         print(f"peer {why}")
     names = (args.backends or BACKENDS[args.device]) + [name for name in wanted if name not in absent]
-    document = {"machine": facts, "seconds": args.seconds, "rows": [], "refused": [], "lists": []}
+    document = {"machine": facts, "seconds": args.seconds, "settled": args.settled,
+                "rows": [], "refused": [], "lists": []}
     bad = []
     for case in args.cases:
-        rows, refused = run(case, names, args.device, args.seconds)
+        rows, refused = run(case, names, args.device, args.seconds, args.settled)
         document["rows"] += rows
         document["refused"] += refused
         bad += [row for row in rows if row["contestant"] in OURS and row["error"] > spot_check.WORST]

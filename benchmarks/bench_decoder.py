@@ -37,7 +37,7 @@ OP = {"decoder": "conv3x3", "projector": "causal_conv3d"}  # a backend that has 
 
 
 def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, dtype: str, device: str,
-            seconds: float, against: list[str]) -> list[dict]:
+            seconds: float, against: list[str], settled: bool = False) -> list[dict]:
     """Times the contestants in turn with a product ("flop") or copy ("bytes").
 
     amount: FLOP or bytes of one run    against: the peers that ours are compared with
@@ -45,7 +45,7 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
     name, call, its_amount = yardstick(bound, device, dtype)
     call()
     every = {name: Contestant(call)} | ready
-    times = measure({one: made.call for one, made in every.items()}, device, seconds)
+    times = measure({one: made.call for one, made in every.items()}, device, seconds, settled)
     times = {one: [t / every[one].runs for t in found] for one, found in times.items()}
     unit, scale = ("tflops", 1e6) if bound == "flop" else ("gbs", 1e3)
     best = its_amount / summary(times[name])["us"] / scale
@@ -66,7 +66,8 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list[dict], list[dict]]:
+def run(case: Case, names: list[str], device: str, seconds: float,
+        settled: bool = False) -> tuple[list[dict], list[dict]]:
     """Rows of the contestants that run the case, and the refusals of those that do not.
 
     names: of ours; if none of them runs there are no rows. The peers are all of decoder_peers.peers
@@ -86,7 +87,7 @@ def run(case: Case, names: list[str], device: str, seconds: float) -> tuple[list
     if ready:
         bound = "bytes" if case.op in BYTES else "flop"
         amount = case.bytes if case.op in BYTES else case.flop
-        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, peers(case, device))
+        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, peers(case, device), settled)
     for row in rows:
         if row["contestant"] in errors:
             row["error"] = float(f"{errors[row['contestant']]:.3g}")
@@ -100,8 +101,8 @@ def _refusal(key: str, name: str, fault: Exception) -> dict:
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-def run_stage(stage: Stage, names: list[str], compiled: bool, device: str,
-              seconds: float) -> tuple[list[dict], list[dict]]:
+def run_stage(stage: Stage, names: list[str], compiled: bool, device: str, seconds: float,
+              settled: bool = False) -> tuple[list[dict], list[dict]]:
     """As run. Peers: all forms of plain.py's module, and the fastest compiled if asked."""
     work = Work(stage, device)
     # As in decoder_cases.exact, no algorithms are tried.
@@ -136,7 +137,7 @@ def run_stage(stage: Stage, names: list[str], compiled: bool, device: str,
         add("plain-compiled", partial(work.plain, forms[fastest], compiled=True))
         facts.get("plain-compiled", {})["form"] = forms[fastest]
     rows = rows_of(stage.key, ready, stage.flop, "flop", stage.dtype, device, seconds,
-                   [*forms, "plain-compiled"])
+                   [*forms, "plain-compiled"], settled)
     return [row | facts.get(row["contestant"], {}) for row in rows], refused
 
 
@@ -172,6 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", help="output HEIGHTxWIDTH, multiples of 128")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with one of these")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
+    parser.add_argument("--settled", action="store_true", help="each at the clock of its own load, in longer turns")
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")
     parser.add_argument("--plot", type=Path, help="draw them, as PNG")
@@ -192,13 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     facts = about(args.device, args.commit)
     print(first_line(facts, args.device))
     names = args.backends or BACKENDS[args.device]
-    document = {"machine": facts, "seconds": args.seconds, "rows": [], "refused": []}
+    document = {"machine": facts, "seconds": args.seconds, "settled": args.settled, "rows": [], "refused": []}
     bad = []
     for case in args.cases:
         if isinstance(case, Stage):
-            rows, refused = run_stage(case, names, args.compile, args.device, args.seconds)
+            rows, refused = run_stage(case, names, args.compile, args.device, args.seconds, args.settled)
         else:
-            rows, refused = run(case, names, args.device, args.seconds)
+            rows, refused = run(case, names, args.device, args.seconds, args.settled)
         document["rows"] += rows
         document["refused"] += refused
         bad += wrong(rows, refused, WORST_STAGE if isinstance(case, Stage) else WORST)

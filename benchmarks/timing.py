@@ -6,6 +6,11 @@ burst of calls in each round, rounds follow each other without a pause, and over
 contestant comes after every other equally often. A figure is the median over rounds of a burst's mean; a
 ratio is the median of the ratios within cycles, as within a round one of the two has the better place. The L2
 cache is not flushed: keys and values of 100 MB each leave little in its 50 MB from one call to the next.
+
+The clock follows the load by a tenth of a second or so. Bursts are shorter: one clock serves all, and who
+needs more energy a call than the others slows them down instead of itself, as kernels do to each other in a
+model. Settled, each contestant first runs untimed until the clock is its own: what it does alone under lasting
+load, where a call takes as long as its energy at the power limit. Ratios differ by up to 15 % between the two.
 """
 import statistics
 import time
@@ -14,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 BURST = .03  # seconds, about 30 calls of the kernels that matter most
+SETTLED = .2, .1  # seconds untimed and timed: the clock needs .15 to settle and goes on swinging by a few per cent
 Calls = dict[str, Callable[[], object]]
 
 
@@ -27,15 +33,16 @@ def orders(n: int) -> list[list[int]]:
     return rows if n % 2 == 0 else rows + [row[::-1] for row in rows]
 
 
-def measure(calls: Calls, device: str, seconds: float, burst: float = BURST) -> dict[str, list[float]]:
+def measure(calls: Calls, device: str, seconds: float, settled: bool = False) -> dict[str, list[float]]:
     """Seconds a call of each contestant in each round: whole cycles of rounds, until seconds have passed.
 
     The calls must have run before: compilation is not timed.
-    burst: seconds that a contestant's turn should last, 1 to 100 calls
+    settled: each at the clock of its own load, with turns of .3 s instead of .03
     """
-    names = list(calls)
-    turns = {name: max(1, min(100, round(burst / _bursts({name: calls[name]}, {name: 2}, device)[name])))
-             for name in names}
+    names, (lead, burst) = list(calls), SETTLED if settled else (0, BURST)
+    once = {name: _bursts({name: calls[name]}, {name: (0, 2)}, device)[name] for name in names}
+    most = round(100 * (lead + burst) / BURST)  # very short calls take less than their turn
+    turns = {name: (min(most, round(lead / t)), max(1, min(most, round(burst / t)))) for name, t in once.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while True:
@@ -46,31 +53,34 @@ def measure(calls: Calls, device: str, seconds: float, burst: float = BURST) -> 
             return times
 
 
-def _bursts(calls: Calls, turns: dict[str, int], device: str) -> dict[str, float]:
-    """Mean seconds a call, one burst after the other; a GPU is waited for at the end alone."""
-    if device == "cpu":
-        return {name: _on_cpu(call, turns[name]) for name, call in calls.items()}
-    stamps = [_stamp()]
+def _bursts(calls: Calls, turns: dict[str, tuple[int, int]], device: str) -> dict[str, float]:
+    """Mean seconds a call, one burst after the other; a GPU is waited for at the end alone.
+
+    turns: calls before the burst, and in it
+    """
+    spans = {}
     for name, call in calls.items():
-        for _ in range(turns[name]):
+        for _ in range(turns[name][0]):
             call()
-        stamps.append(_stamp())
-    stamps[-1].synchronize()
-    return {name: start.elapsed_time(end) / 1e3 / turns[name]
-            for name, start, end in zip(calls, stamps, stamps[1:])}
+        start = _stamp(device)
+        for _ in range(turns[name][1]):
+            call()
+        spans[name] = start, _stamp(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {name: _seconds(start, end) / turns[name][1] for name, (start, end) in spans.items()}
 
 
-def _on_cpu(call: Callable[[], object], turns: int) -> float:
-    start = time.perf_counter()
-    for _ in range(turns):
-        call()
-    return (time.perf_counter() - start) / turns
-
-
-def _stamp() -> torch.cuda.Event:
+def _stamp(device: str) -> torch.cuda.Event | float:
+    if device == "cpu":
+        return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def summary(times: list[float]) -> dict[str, float]:

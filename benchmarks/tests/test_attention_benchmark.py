@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_attention, cases, masks, peers, plot, roofline, spot_check, timing
+from benchmarks import bench_attention, bench_decoder, cases, masks, peers, plot, roofline, spot_check, timing
 from flashvsr_kernels import BlockMask, _native, local_window
 
 SMALL = [cases.Case("128x256", .5, 0, direction, heads=2, dtype="fp32") for direction in ("fwd", "bwd")]
@@ -59,6 +59,28 @@ def test_ratios_are_of_one_cycle_and_medians_of_all():
     assert timing.summary([1e-6]) == {"us": 1.0, "p20": 1.0, "p80": 1.0}
 
 
+class Card:
+    """Stands for time on a card whose clock follows its load: a call of `thirsty` takes 2 ms at its own, slow clock."""
+    def __init__(self):
+        self.now, self.slow = 0.0, 0.0
+
+    def run(self, thirsty: bool):
+        duration = .001 * (1 + thirsty * (self.slow > .08))
+        self.now += duration
+        self.slow = min(.1, self.slow + duration) if thirsty else max(0, self.slow - duration)
+
+
+@pytest.mark.parametrize("settled, slower", [(False, 1), (True, 2)], ids=["bursts", "settled"])
+def test_settled_contestants_run_at_their_own_clock(monkeypatch, settled, slower):
+    card = Card()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: card.now)
+    calls = {"thrifty": lambda: card.run(False), "thirsty": lambda: card.run(True)}
+    times = timing.measure(calls, "cpu", 2, settled)
+    assert timing.summary(times["thrifty"])["us"] == pytest.approx(1000)
+    assert timing.ratio(times["thirsty"], times["thrifty"], 2) == pytest.approx(slower)
+    assert len(times["thirsty"]) == len(times["thrifty"]) >= 2
+
+
 def test_flop_and_lists_come_from_the_kept_blocks():
     work = cases.Work.of(cases.Case("256x384", .25, .3, "bwd", heads=2, D=64), "cpu")
     kept = work.dense.sum().item()
@@ -91,6 +113,7 @@ def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direc
     assert bench_attention.main(arguments) == 0
     document, printed = json.loads(path.read_text()), capsys.readouterr().out.splitlines()
     assert printed[0].startswith("cpu ") and "torch" in printed[0] and "commit" in printed[0]
+    assert not document["settled"]
     assert {"torch", "commit", "cpu"} <= document["machine"].keys()
     rows = {row["contestant"]: row for row in document["rows"]}
     expected = {"gemm", "sdpa", "sdpa-masked", *ours} - ({"cpu"} if direction == "bwd" else set())
@@ -105,6 +128,19 @@ def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direc
         rows["sdpa-masked"]["us"] / rows["reference"]["us"], rel=.5)
     assert [row["builder"] for row in document["lists"]] == ["from_dense", "transposed", "lcsa_mask"]
     assert Image.open(tmp_path / "a.png").width > 500
+
+
+@pytest.mark.parametrize("bench", [bench_attention, bench_decoder], ids=["attention", "decoder"])
+def test_settled_turns_are_asked_for_and_written(bench, tmp_path, monkeypatch):
+    def measured(calls, device, seconds, settled=False):
+        return {name: [1e-3, 3e-3 if settled else 1e-3] for name in calls}
+    monkeypatch.setattr(bench, "measure", measured)
+    only = ["fwd/256x384"] if bench is bench_attention else ["conv3x3/C-residual"]
+    path = tmp_path / "a.json"
+    assert bench.main(["--device", "cpu", "--quick", "--backends", "reference", "--settled", "--json", str(path),
+                       "--only", *only]) == 0
+    document = json.loads(path.read_text())
+    assert document["settled"] and {row["us"] for row in document["rows"]} == {2000}
 
 
 def test_what_cannot_run_says_why(small, capsys):
