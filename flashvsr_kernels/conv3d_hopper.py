@@ -23,8 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._gluon import descriptor, load as _load
 from ._triton import processors
 from .conv3d_triton import normalise
 
@@ -38,9 +38,6 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 # that could use the slot.
 W_FREE = gl.constexpr(8)
 X_SLOTS = gl.constexpr(3)
-
-# Triton 3.8 brought the new name, 3.9 dropped the old.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 def config(tiles: int, O: int, processors: int) -> dict[str, int]:
@@ -68,21 +65,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma:
         _edges[(len(edges) * 2, H)](x, context, edges, *x.stride()[:4], *context.stride()[:4], taps - 2,
                                     taps - 2 + T, H, W, C, N=512)
         blocks = [[1, 1, rows, COLS, 64] for rows in (1, ROWS)]
-        pictures = [_descriptor(source, block) for source in (x, context, edges) for block in blocks]
+        pictures = [descriptor(source, block) for source in (x, context, edges) for block in blocks]
         by_tap = weight.permute(0, 2, 3, 4, 1).view(O, taps * 9, C)
-        conv3d_kernel[(programs,)](*pictures, _descriptor(by_tap, [128, 1, 64]), bias, out, squares, items, programs,
+        conv3d_kernel[(programs,)](*pictures, descriptor(by_tap, [128, 1, 64]), bias, out, squares, items, programs,
                                   tiles, squares.shape[1], T, H, W, C, O, TAPS=taps, NORM=gamma is not None,
                                   num_warps=4, **chosen)
         if gamma is not None:
             normalise(out, squares, gamma)
     return out
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    # The stride of a dimension of one element is never used, but TMA wants it aligned.
-    strides = [s if n > 1 else 8 for n, s in zip(x.shape[:-1], x.stride())] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, block, layout)
 
 
 @triton.jit(do_not_specialize=["context", "frames", "H", "W", "C"])

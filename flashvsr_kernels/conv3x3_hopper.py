@@ -25,7 +25,6 @@ Who may touch what, when:
   Every mbarrier that is initialised is used to the end: Triton gives the memory of others to the rings, and
   PTX leaves undefined what a living mbarrier does in memory that has another use.
 """
-import functools
 import math
 
 import torch
@@ -36,17 +35,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._gluon import descriptor, load as _load, meet as _meet, store as _store
 from ._triton import processors
 
 CONSUMER_REGISTERS = gl.constexpr(232)   # of a thread; 64512 in all
 PRODUCER_REGISTERS = gl.constexpr(40)    # with 24 it spills
-
-# Triton 3.8 brought the new names, 3.9 dropped the old; 3.7 renamed the barrier of a partition's threads.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_meet = getattr(gl, "thread_barrier", None) or gl.barrier
 
 # Named barriers: slots of weights free from 8 on, stages of pixels from 12 on. Triton itself uses the low
 # numbers. 288 threads are both consumers and the producer.
@@ -115,14 +109,14 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, past: T
     tiles = N * down * across * (rows // block)
     # Boxes are powers of two: a stage is filled by them and by 8 pixels to the right or the rows below.
     body, rest = ([1, 1, 64, 64], [1, 1, 8, 64]) if wide else ([1, 16, 16, 64], [1, side - 1, 16, 64])
-    pixels = [None if y is None else _descriptor(y, box) for y in (x, past) for box in (body, rest)]
+    pixels = [None if y is None else descriptor(y, box) for y in (x, past) for box in (body, rest)]
     half = h // 4, w  # 64 pixels, what one wgmma takes
     box = [1, half[0], 1, half[1], block] if head is None else [32, 1, *half]
     with torch.cuda.device_of(x):
         conv3x3_kernel[(min(tiles, processors(x.device)),)](
-            *pixels, _descriptor(weight, [block, 1, 64]), _descriptor(out, box),
-            None if residual is None else _descriptor(residual, [1, *half, block]),
-            None if head is None else _descriptor(head, [32, block]), bias, tiles,
+            *pixels, descriptor(weight, [block, 1, 64]), descriptor(out, box),
+            None if residual is None else descriptor(residual, [1, *half, block]),
+            None if head is None else descriptor(head, [32, block]), bias, tiles,
             rows // block, O // block, across, down, C, first, RELU=relu, num_warps=4,
             **config(wide, side, residual is not None, head is not None))
 
@@ -141,18 +135,6 @@ def config(wide: bool, side: int, residual: bool, head: bool = False) -> dict[st
     if wide and side == 3 and not head:  # 110,592 bytes of pixels leave no room for both 4 slots and a whole buffer
         return dict(SIDE=side, STAGES=2, SLOTS=3 if residual else 4, HALVES=2 if residual else 1)
     return dict(SIDE=side, STAGES=2, SLOTS=4, HALVES=2)
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
-    # A contiguous x may have any stride in a dimension of one element; TMA wants it aligned.
-    strides = [math.prod(x.shape[i + 1:]) for i in range(x.ndim)] if x.is_contiguous() else list(x.stride())
-    return TensorDescriptor(x, list(x.shape), strides, block, _layout(dtype, *block))
-
-
-@functools.cache  # a third of the time that a descriptor takes, and a first chunk has 1,800
-def _layout(dtype: gl.dtype, *block: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
 @gluon.jit

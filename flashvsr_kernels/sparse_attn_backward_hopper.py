@@ -19,10 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._gluon import descriptor, load as _load, meet as _meet, store as _store
 from .block_mask import BLOCK
 from .block_mask_triton import transpose_lists
 from .sparse_attn_backward import prepare, readable
-from .sparse_attn_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, _barrier, _descriptor, _load, _meet, _store
+from .sparse_attn_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, _barrier
 
 ROWS = gl.constexpr(64)    # queries of a step of the dk, dv pass: both sums leave no registers for more
 STAGES = gl.constexpr(3)   # slots of its ring
@@ -44,11 +45,11 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     half, whole, step = [1, 64, 1, D], [1, BLOCK, 1, D], [1, ROWS.value, 1, D]
     with torch.cuda.device_of(q):
         dkv_kernel[(B * H * Mk,)](
-            *(_descriptor(x, step) for x in (q, grad)), _vector(lse2), _vector(delta),
-            *(_descriptor(x, half) for x in (k, v, dk, dv)), index_t, count_t, order_t, scale,
+            *(descriptor(x, step) for x in (q, grad)), _vector(lse2), _vector(delta),
+            *(descriptor(x, half) for x in (k, v, dk, dv)), index_t, count_t, order_t, scale,
             scale * math.log2(math.e), H, Mk, Mq, num_warps=4)
         dq_kernel[(B * H * Mq,)](
-            *(_descriptor(x, half) for x in (q, grad, dq)), *(_descriptor(x, whole) for x in (k, v)), lse2,
+            *(descriptor(x, half) for x in (q, grad, dq)), *(descriptor(x, whole) for x in (k, v)), lse2,
             delta, index, count, order, scale, scale * math.log2(math.e), Lk, H, Mq, index.shape[3],
             PARTIAL=Lk % BLOCK != 0, num_warps=4)
     return dq, dk, dv

@@ -30,18 +30,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ._gluon import descriptor, load as _load, meet as _meet, store as _store
 from ._triton import processors
 
 BLOCK = 128                                           # tokens of a block
 CONSUMER_REGISTERS = gl.constexpr(240)                # of a thread; 64512 in all
 PRODUCER_REGISTERS = gl.constexpr(24)
-
-# Triton 3.8 brought the new names, 3.9 dropped the old.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_meet = getattr(gl, "thread_barrier", None) or gl.barrier
 
 # Named barriers: slots of the ring free of keys 8 and 9, of values 10 and 11; queries free 12; consumers told of a
 # tile, or that there are no more, 13; all tiles served 7; turns of the consumers 14 and 15. Triton itself uses the low
@@ -63,7 +58,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # tiles, beside each program's first
     with torch.cuda.device_of(q):
         forward_kernel[(min(tiles, processors(q.device)),)](
-            _descriptor(q, half), _descriptor(k, whole), _descriptor(v, whole), _descriptor(out, half), lse, index,
+            descriptor(q, half), descriptor(k, whole), descriptor(v, whole), descriptor(out, half), lse, index,
             count, order, taken, again, scale * math.log2(math.e), Lq, Lk, H, Mq, cap, tiles,
             **config(q.dtype == torch.bfloat16, Lk % BLOCK != 0))
     return out, lse
@@ -72,14 +67,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
 def config(bf16: bool, partial: bool) -> dict[str, int | bool]:
     """The kernel's constants. partial: the last key block is."""
     return dict(FIXED_MAX=bf16, PARTIAL=partial, num_warps=4)
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    # The stride of a dimension of one element is never used, but TMA wants it aligned.
-    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:3], x.stride())] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, block, layout)
 
 
 @gluon.jit
