@@ -114,10 +114,11 @@ FIGURES = [path for path in check.RESULTS.glob("*_h[0-9]*.json")]
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_committed_figures_are_of_what_their_name_says(path):
-    """A kind, a GPU, and perhaps a picture's size or a sparse ratio; the commit is told."""
+    """A kind, a GPU, and perhaps a picture's size, a sparse ratio or settled turns; the commit is told."""
     kind, gpu, *what = path.stem.split("_")[0:1] + path.stem.partition("_h")[2].split("_")
     document = json.loads(path.read_text())
     assert document["rows"] and all(map(KINDS[kind], document["rows"]))
     assert document["machine"]["gpu"].startswith(f"NVIDIA H{gpu}") and document["machine"]["commit"]
     for word in what:
-        assert word == "large" or all(word in row["case"] for row in document["rows"])
+        assert word == "large" or (document["settled"] if word == "settled" else
+                                   all(word in row["case"] for row in document["rows"]))
