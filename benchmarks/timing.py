@@ -67,7 +67,7 @@ def _bursts(calls: Calls, turns: dict[str, tuple[int, int]], device: str) -> dic
             call()
         spans[name] = start, _stamp(device)
     if device == "cuda":
-        torch.cuda.synchronize()
+        spans[name][1].synchronize()
     return {name: _seconds(start, end) / turns[name][1] for name, (start, end) in spans.items()}
 
 
