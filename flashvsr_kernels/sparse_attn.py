@@ -84,13 +84,6 @@ def _run_hopper(*call: Tensor | float) -> tuple[Tensor, Tensor]:
     return sparse_attn_hopper.forward(*call)
 
 
-def _hopper_available() -> str | None:
-    reason = _triton.available()
-    if reason is None and _triton.capability() != 90:
-        reason = f"needs compute capability 9.0, {torch.cuda.get_device_name()} has another"
-    return reason
-
-
 def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if q.device.type != "cpu":
         return f"runs on a CPU, q is on {q.device}"
@@ -116,7 +109,7 @@ def _aligned(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-register("sparse_attn", Backend("hopper", _run_hopper, _hopper_available, _aligned),
+register("sparse_attn", Backend("hopper", _run_hopper, _triton.hopper_available, _aligned),
          Backend("triton", _run_triton, _triton.available, _gpu_supports),
          Backend("cuda", _run_cuda, _native.cuda_available, _aligned),
          Backend("cpu", _run_cpu, _native.available, _cpu_supports),
@@ -154,7 +147,7 @@ def _backward_hopper(*call):
     return sparse_attn_backward_hopper.backward(*call)
 
 
-register("sparse_attn_backward", Backend("hopper", _backward_hopper, _hopper_available, _aligned),
+register("sparse_attn_backward", Backend("hopper", _backward_hopper, _triton.hopper_available, _aligned),
          Backend("triton", _backward_triton, _triton.available, _gpu_supports),
          Backend("reference", _backward_reference))
 

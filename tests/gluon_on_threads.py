@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
+from flashvsr_kernels import _gluon
+
 PATIENCE = 30  # seconds until a wait counts as a deadlock
 
 
@@ -317,10 +319,8 @@ LANGUAGE = types.SimpleNamespace(
                                             "SliceLayout", "BlockedLayout", "SwizzledSharedLayout")})
 STAND_INS = [
     (gl, LANGUAGE), (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma, _mma),
-    (hopper.warpgroup_mma_wait, _mma_wait), (getattr(gl, "thread_barrier", None) or gl.barrier, _meet),
-    (getattr(tma, "async_load", None) or tma.async_copy_global_to_shared,
-     lambda *copy: _program().load(*copy)),
-    (getattr(tma, "async_store", None) or tma.async_copy_shared_to_global, _store),
+    (hopper.warpgroup_mma_wait, _mma_wait), (_gluon.meet, _meet),
+    (_gluon.load, lambda *copy: _program().load(*copy)), (_gluon.store, _store),
     (tma, types.SimpleNamespace(store_wait=_store_wait)),
     (mbarrier, types.SimpleNamespace(
         MBarrierLayout=mbarrier.MBarrierLayout, init=_init,
