@@ -7,8 +7,9 @@ the time; TFLOP/s on the kept blocks (4 D 128^2 a block forward, 2.5 times that 
 blocks); the same over the rate of a large matrix product (8192^3 in bf16; on a CPU 1024^3); ideal time over
 time, ideal being dense attention's (cuDNN's on a GPU) times the density; the error of a few tiles against
 float32; the time to build our lists from a bool mask; and how many times as fast as each peer, a median of ratios
-within cycles. How is timed: timing.py. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our
-backends gave a wrong result or an error other than that it cannot run the case.
+within cycles. How is timed: timing.py; forward calls are replayed as CUDA graphs, as the model's are, where they
+can be recorded. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our backends gave a wrong
+result or an error other than that it cannot run the case.
 """
 import argparse
 import json
@@ -22,6 +23,7 @@ from flashvsr_kernels import BlockMask, lcsa_mask, local_window
 
 from . import machine, spot_check
 from .cases import MODEL_DENSITY, Case, Work, grid
+from .decoder_peers import Contestant as Recorded, captured
 from .peers import DENSE, EXACT, OURS, PEERS, Contestant, contestant, gemm, missing
 from .plot import draw
 from .timing import measure, ratio, summary
@@ -54,7 +56,10 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     ready, errors, refused = gather([DENSE[device], *names], work)
     product, product_flop = gemm(device, case.dtype)
     product()
-    times = measure({"gemm": product} | {name: made.call for name, made in ready.items()}, device, seconds, settled)
+    # A backward runs on the stream of its forward, which a graph does not record; it is never short.
+    timed = {name: captured(made.call, device) if case.direction == "fwd" else Recorded(made.call)
+             for name, made in ready.items()}
+    times = measure({"gemm": product} | {name: made.call for name, made in timed.items()}, device, seconds, settled)
     lists = measure({"lists": lambda: BlockMask.from_dense(work.dense)}, device, seconds / 20)["lists"]
     dense, rate = times.get(DENSE[device]), product_flop / summary(times["gemm"])["us"] / 1e6
     rows = []
@@ -67,13 +72,14 @@ def run(case: Case, names: list[str], device: str, seconds: float,
             row["of_ideal"] = work.density * ratio(dense, found, len(times))
         if name in ready:
             row["error"] = errors[name]
+            row |= {"no_graph": timed[name].alone} if timed[name].alone else {}
         if name in OURS:
             peers = [peer for peer in times if peer not in (*OURS, "gemm", DENSE[device])]
             over = {peer: float(f"{ratio(times[peer], found, len(times)):.5g}") for peer in peers}
             row |= {"as_fast_as": over} if peers else {}
             row["lists_us"] = summary(lists)["us"]
             if device == "cuda":
-                row["under_load"] = _under_load(ready[name].call, row["us"], flop)
+                row["under_load"] = _under_load(timed[name].call, row["us"], flop)
         rows.append({key: float(f"{value:.5g}") if isinstance(value, float) else value
                      for key, value in row.items()})
     return rows, [{"case": case.key, "contestant": name, "refused": why} for name, why in refused.items()]
@@ -137,7 +143,8 @@ def line(row: dict) -> str:
             f"{row['p80']:10.1f}) {row['tflops']:9.4g} TFLOP/s {of('of_gemm', '{:.0%}'):>5} of GEMM "
             f"{of('of_ideal', '{:.3f}'):>6} of ideal  error {of('error', '{:.1e}'):>7}  lists "
             f"{of('lists_us', '{:.0f} us'):>8}"
-            + "".join(f"  {peer} {over:.3f}x" for peer, over in row.get("as_fast_as", {}).items()))
+            + "".join(f"  {peer} {over:.3f}x" for peer, over in row.get("as_fast_as", {}).items())
+            + (f"  (no CUDA graph: {row['no_graph']})" if "no_graph" in row else ""))
 
 
 def first_line(about: dict, device: str) -> str:
