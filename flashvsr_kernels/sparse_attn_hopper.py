@@ -304,8 +304,10 @@ def _serve(W: gl.constexpr, tile, n, out_desc, lse, again, served, step, c, Lq, 
         edge = 128
         if PARTIAL:
             edge = _told(told, 2)
-        acc, l, most, m = _attend(W, q_tile.index(W).reshape([64, D]), n, edge, c, step, k_ring, v_ring, k_full, v_full,
-                                  FIXED_MAX, PARTIAL)
+        q = q_tile.index(W).reshape([64, D])
+        if D == 64:  # in registers: up to a tenth faster, but with 128 as fast or slower
+            q = q.load(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), 2))
+        acc, l, most, m = _attend(W, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
         if FIXED_MAX:
             # Written so that NaN is bad too: the exact pass decides what it means.
             in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (gl.max(gl.abs(acc), 1) < float("inf"))
