@@ -26,7 +26,7 @@ from .cases import MODEL_DENSITY, Case, Work, grid
 from .decoder_peers import Contestant as Recorded, captured
 from .peers import DENSE, EXACT, OURS, PEERS, Contestant, contestant, gemm, missing
 from .plot import draw
-from .timing import measure, ratio, summary
+from .timing import ask_turn, measure, ratio, summary
 
 BACKENDS = {"cuda": ["hopper", "triton", "cuda"], "cpu": ["cpu", "reference"]}
 OTHERS = {"cuda": ["flex", "fa4", "fastvideo", "flashinfer", "bsa"], "cpu": ["sdpa-masked"]}
@@ -50,7 +50,7 @@ def gather(names: list[str],
 
 
 def run(case: Case, names: list[str], device: str, seconds: float,
-        settled: bool = False) -> tuple[list[dict], list[dict]]:
+        turn: str = "short") -> tuple[list[dict], list[dict]]:
     """Rows of the contestants that run the case, and the refusals of those that do not."""
     work = Work.of(case, device)
     ready, errors, refused = gather([DENSE[device], *names], work)
@@ -59,7 +59,7 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     # A backward runs on the stream of its forward, which a graph does not record; it is never short.
     timed = {name: captured(made.call, device) if case.direction == "fwd" else Recorded(made.call)
              for name, made in ready.items()}
-    times = measure({"gemm": product} | {name: made.call for name, made in timed.items()}, device, seconds, settled)
+    times = measure({"gemm": product} | {name: made.call for name, made in timed.items()}, device, seconds, turn)
     lists = measure({"lists": lambda: BlockMask.from_dense(work.dense)}, device, seconds / 20)["lists"]
     dense, rate = times.get(DENSE[device]), product_flop / summary(times["gemm"])["us"] / 1e6
     rows = []
@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with all of these")
     parser.add_argument("--seconds", type=float, default=4, help="of timing for a case, at least")
-    parser.add_argument("--settled", action="store_true", help="each at the clock of its own load, in longer turns")
+    ask_turn(parser)
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")
     parser.add_argument("--plot", type=Path, help="draw them, as PNG")
@@ -208,11 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     for why in absent.values():
         print(f"peer {why}")
     names = (args.backends or BACKENDS[args.device]) + [name for name in wanted if name not in absent]
-    document = {"machine": facts, "seconds": args.seconds, "settled": args.settled,
+    document = {"machine": facts, "seconds": args.seconds, "turn": args.turn,
                 "rows": [], "refused": [], "lists": []}
     bad = []
     for case in args.cases:
-        rows, refused = run(case, names, args.device, args.seconds, args.settled)
+        rows, refused = run(case, names, args.device, args.seconds, args.turn)
         document["rows"] += rows
         document["refused"] += refused
         bad += [row for row in rows if row["contestant"] in OURS and row["error"] > spot_check.WORST]

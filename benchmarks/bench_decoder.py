@@ -29,7 +29,7 @@ from .decoder_cases import BYTES, Case, error, exact, grid
 from .decoder_peers import BACKENDS, OURS, Contestant, captured, contestant, make_sets, peers, yardstick
 from .decoder_stages import Stage, Step, Work, allocated, peak, stages, used
 from .plot_bars import draw
-from .timing import measure, ratio, summary
+from .timing import ask_turn, measure, ratio, summary
 
 WORST = .03        # of a call, RMS error over RMS: bf16 has 2e-3 to 4e-3, a wrong tap or border .05 to 1
 WORST_STAGE = .1   # of thirty calls one after the other, and bytes
@@ -37,7 +37,7 @@ OP = {"decoder": "conv3x3", "projector": "causal_conv3d"}  # a backend that has 
 
 
 def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, dtype: str, device: str,
-            seconds: float, against: list[str], settled: bool = False) -> list[dict]:
+            seconds: float, against: list[str], turn: str = "short") -> list[dict]:
     """Times the contestants in turn with a product ("flop") or copy ("bytes").
 
     amount: FLOP or bytes of one run    against: the peers that ours are compared with
@@ -45,7 +45,7 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
     name, call, its_amount = yardstick(bound, device, dtype)
     call()
     every = {name: Contestant(call)} | ready
-    times = measure({one: made.call for one, made in every.items()}, device, seconds, settled)
+    times = measure({one: made.call for one, made in every.items()}, device, seconds, turn)
     times = {one: [t / every[one].runs for t in found] for one, found in times.items()}
     unit, scale = ("tflops", 1e6) if bound == "flop" else ("gbs", 1e3)
     best = its_amount / summary(times[name])["us"] / scale
@@ -67,7 +67,7 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def run(case: Case, names: list[str], device: str, seconds: float,
-        settled: bool = False) -> tuple[list[dict], list[dict]]:
+        turn: str = "short") -> tuple[list[dict], list[dict]]:
     """Rows of the contestants that run the case, and the refusals of those that do not.
 
     names: of ours; if none of them runs there are no rows. The peers are all of decoder_peers.peers
@@ -87,7 +87,7 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     if ready:
         bound = "bytes" if case.op in BYTES else "flop"
         amount = case.bytes if case.op in BYTES else case.flop
-        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, peers(case, device), settled)
+        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, peers(case, device), turn)
     for row in rows:
         if row["contestant"] in errors:
             row["error"] = float(f"{errors[row['contestant']]:.3g}")
@@ -102,7 +102,7 @@ def _refusal(key: str, name: str, fault: Exception) -> dict:
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 def run_stage(stage: Stage, names: list[str], compiled: bool, device: str, seconds: float,
-              settled: bool = False) -> tuple[list[dict], list[dict]]:
+              turn: str = "short") -> tuple[list[dict], list[dict]]:
     """As run. Peers: all forms of plain.py's module, and the fastest compiled if asked."""
     work = Work(stage, device)
     # As in decoder_cases.exact, no algorithms are tried.
@@ -137,7 +137,7 @@ def run_stage(stage: Stage, names: list[str], compiled: bool, device: str, secon
         add("plain-compiled", partial(work.plain, forms[fastest], compiled=True))
         facts.get("plain-compiled", {})["form"] = forms[fastest]
     rows = rows_of(stage.key, ready, stage.flop, "flop", stage.dtype, device, seconds,
-                   [*forms, "plain-compiled"], settled)
+                   [*forms, "plain-compiled"], turn)
     return [row | facts.get(row["contestant"], {}) for row in rows], refused
 
 
@@ -173,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", help="output HEIGHTxWIDTH, multiples of 128")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with one of these")
     parser.add_argument("--seconds", type=float, default=2, help="of timing for a case, at least")
-    parser.add_argument("--settled", action="store_true", help="each at the clock of its own load, in longer turns")
+    ask_turn(parser)
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")
     parser.add_argument("--plot", type=Path, help="draw them, as PNG")
@@ -194,13 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     facts = about(args.device, args.commit)
     print(first_line(facts, args.device))
     names = args.backends or BACKENDS[args.device]
-    document = {"machine": facts, "seconds": args.seconds, "settled": args.settled, "rows": [], "refused": []}
+    document = {"machine": facts, "seconds": args.seconds, "turn": args.turn, "rows": [], "refused": []}
     bad = []
     for case in args.cases:
         if isinstance(case, Stage):
-            rows, refused = run_stage(case, names, args.compile, args.device, args.seconds, args.settled)
+            rows, refused = run_stage(case, names, args.compile, args.device, args.seconds, args.turn)
         else:
-            rows, refused = run(case, names, args.device, args.seconds, args.settled)
+            rows, refused = run(case, names, args.device, args.seconds, args.turn)
         document["rows"] += rows
         document["refused"] += refused
         bad += wrong(rows, refused, WORST_STAGE if isinstance(case, Stage) else WORST)

@@ -64,6 +64,7 @@ def grid(device: str, quick: bool = False) -> list[Case]:
     cases += [Case(picture, round(model_density(picture), 4), .175, direction)
               for direction in PRODUCTS for picture in larger if not quick or direction == "fwd"]
     if not quick:
+        cases += [Case(main, model, .23)]  # attention's goal names it
         cases += [Case(main, model, .175, direction, D=D, dtype=dtype) for direction in PRODUCTS
                   for D, dtype in ((128, "fp16"), (64, "bf16"), (64, "fp16"))]
     return cases

@@ -11,7 +11,9 @@ The clock follows the load by a tenth of a second or so. Bursts are shorter: one
 needs more energy a call than the others slows them down instead of itself, as kernels do to each other in a
 model. Settled, each contestant first runs untimed until the clock is its own: what it does alone under lasting
 load, where a call takes as long as its energy at the power limit. Ratios differ by up to 15 % between the two.
+Turns of thirty calls, however long, lie between them: attention's goals were set in such.
 """
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +22,8 @@ import torch
 
 BURST = .03  # seconds, about 30 calls of the kernels that matter most
 SETTLED = .2, .1  # seconds untimed and timed: the clock needs .15 to settle and goes on swinging by a few per cent
+TURNS = {"settled": "each at the clock of its own load, in turns of .3 s",
+         "thirty": "in turns of thirty calls"}
 Calls = dict[str, Callable[[], object]]
 
 
@@ -33,16 +37,24 @@ def orders(n: int) -> list[list[int]]:
     return rows if n % 2 == 0 else rows + [row[::-1] for row in rows]
 
 
-def measure(calls: Calls, device: str, seconds: float, settled: bool = False) -> dict[str, list[float]]:
+def ask_turn(parser: argparse.ArgumentParser) -> None:
+    """Options for measure's turn."""
+    options = parser.add_mutually_exclusive_group()
+    for turn, what in TURNS.items():
+        options.add_argument(f"--{turn}", dest="turn", action="store_const", const=turn, default="short", help=what)
+
+
+def measure(calls: Calls, device: str, seconds: float, turn: str = "short") -> dict[str, list[float]]:
     """Seconds a call of each contestant in each round: whole cycles of rounds, until seconds have passed.
 
     The calls must have run before: compilation is not timed.
-    settled: each at the clock of its own load, with turns of .3 s instead of .03
+    turn: "short", of .03 s, or one of TURNS
     """
-    names, (lead, burst) = list(calls), SETTLED if settled else (0, BURST)
+    names, (lead, burst) = list(calls), SETTLED if turn == "settled" else (0, BURST)
     once = {name: _bursts({name: calls[name]}, {name: (0, 2)}, device)[name] for name in names}
     most = round(100 * (lead + burst) / BURST)  # very short calls take less than their turn
-    turns = {name: (min(most, round(lead / t)), max(1, min(most, round(burst / t)))) for name, t in once.items()}
+    turns = {name: (0, 30) if turn == "thirty" else
+             (min(most, round(lead / t)), max(1, min(most, round(burst / t)))) for name, t in once.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while True:

@@ -70,15 +70,21 @@ class Card:
         self.slow = min(.1, self.slow + duration) if thirsty else max(0, self.slow - duration)
 
 
-@pytest.mark.parametrize("settled, slower", [(False, 1), (True, 2)], ids=["bursts", "settled"])
-def test_settled_contestants_run_at_their_own_clock(monkeypatch, settled, slower):
+@pytest.mark.parametrize("turn, slower", [("short", 1), ("settled", 2)])
+def test_settled_contestants_run_at_their_own_clock(monkeypatch, turn, slower):
     card = Card()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: card.now)
     calls = {"thrifty": lambda: card.run(False), "thirsty": lambda: card.run(True)}
-    times = timing.measure(calls, "cpu", 2, settled)
+    times = timing.measure(calls, "cpu", 2, turn)
     assert timing.summary(times["thrifty"])["us"] == pytest.approx(1000)
     assert timing.ratio(times["thirsty"], times["thrifty"], 2) == pytest.approx(slower)
     assert len(times["thirsty"]) == len(times["thrifty"]) >= 2
+
+
+def test_turns_of_thirty_calls():
+    ran = []
+    timing.measure({name: lambda name=name: ran.append(name) for name in "ab"}, "cpu", 0, "thirty")
+    assert "".join(ran) == "aabb" + "a" * 30 + "b" * 30 + "b" * 30 + "a" * 30
 
 
 def test_flop_and_lists_come_from_the_kept_blocks():
@@ -113,7 +119,7 @@ def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direc
     assert bench_attention.main(arguments) == 0
     document, printed = json.loads(path.read_text()), capsys.readouterr().out.splitlines()
     assert printed[0].startswith("cpu ") and "torch" in printed[0] and "commit" in printed[0]
-    assert not document["settled"]
+    assert document["turn"] == "short"
     assert {"torch", "commit", "cpu"} <= document["machine"].keys()
     rows = {row["contestant"]: row for row in document["rows"]}
     expected = {"gemm", "sdpa", "sdpa-masked", *ours} - ({"cpu"} if direction == "bwd" else set())
@@ -130,17 +136,18 @@ def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direc
     assert Image.open(tmp_path / "a.png").width > 500
 
 
+@pytest.mark.parametrize("turn", timing.TURNS)
 @pytest.mark.parametrize("bench", [bench_attention, bench_decoder], ids=["attention", "decoder"])
-def test_settled_turns_are_asked_for_and_written(bench, tmp_path, monkeypatch):
-    def measured(calls, device, seconds, settled=False):
-        return {name: [1e-3, 3e-3 if settled else 1e-3] for name in calls}
+def test_turns_are_asked_for_and_written(bench, turn, tmp_path, monkeypatch):
+    def measured(calls, device, seconds, asked="short"):
+        return {name: [1e-3, 3e-3 if asked == turn else 1e-3] for name in calls}
     monkeypatch.setattr(bench, "measure", measured)
     only = ["fwd/256x384"] if bench is bench_attention else ["conv3x3/C-residual"]
     path = tmp_path / "a.json"
-    assert bench.main(["--device", "cpu", "--quick", "--backends", "reference", "--settled", "--json", str(path),
+    assert bench.main(["--device", "cpu", "--quick", "--backends", "reference", f"--{turn}", "--json", str(path),
                        "--only", *only]) == 0
     document = json.loads(path.read_text())
-    assert document["settled"] and {row["us"] for row in document["rows"]} == {2000}
+    assert document["turn"] == turn and {row["us"] for row in document["rows"]} == {2000}
 
 
 def test_what_cannot_run_says_why(small, capsys):
@@ -169,7 +176,8 @@ def test_gpu_cases_are_the_grid_and_keys_name_them_once():
     found = cases.grid("cuda")
     assert len({case.key for case in found}) == len(found)
     main = [case for case in found if case.picture == "768x1408" and (case.D, case.dtype) == (128, "bf16")]
-    assert len(main) == 2 * (4 * 4 + 1) and {case.density for case in main} == {.06, .13, .25, .4545, 1}
+    assert len(main) == 2 * (4 * 4 + 1) + 1 and {case.density for case in main} == {.06, .13, .25, .4545, 1}
+    assert {.05, .175, .23} < {case.cv for case in main if (case.density, case.direction) == (.4545, "fwd")}
     assert set(cases.grid("cuda", quick=True)) <= set(found)
 
 
