@@ -68,8 +68,7 @@ def fuse_dit(config: FlashVSRConfig, tensors: dict[str, Tensor]) -> dict[str, Te
 
     Computed in float32 (or wider, if the tensors are); differentiable.
     """
-    w = {name[4:]: t if t.dtype == torch.float64 else t.float()
-         for name, t in tensors.items() if name.startswith("dit.")}
+    w = {name[4:]: _wide(t) for name, t in tensors.items() if name.startswith("dit.")}
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
@@ -116,7 +115,7 @@ def fuse_lq(config: FlashVSRConfig, tensors: dict[str, Tensor]) -> dict[str, Ten
                   f"conv{i}_bias": tensors[f"lq.conv{i}.bias"],
                   f"norm{i}": tensors[f"lq.norm{i}.gamma"].flatten()}
     if config.version == "v1":
-        fused["conv2_weight"] = fold_repeat(fused["conv2_weight"])
+        fused["conv2_weight"] = fold_repeat(_wide(fused["conv2_weight"]))
     return fused | {"linear_weight": tensors["lq.linear_layers.0.weight"],
                     "linear_bias": tensors["lq.linear_layers.0.bias"]}
 
@@ -134,8 +133,14 @@ def fuse_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for k in range(3):
                 fused[f"stages.{i}.memory.{j}.weight{k + 1}"] = take(f"{first + j}.conv.{2 * k}.weight")
                 fused[f"stages.{i}.memory.{j}.bias{k + 1}"] = take(f"{first + j}.conv.{2 * k}.bias")
-        fused[f"stages.{i}.folded"] = fold_upsample(take(f"{conv}.weight"), take(f"{grow}.conv.weight").flatten(1))
+        fused[f"stages.{i}.folded"] = fold_upsample(_wide(take(f"{conv}.weight")),
+                                                    _wide(take(f"{grow}.conv.weight")).flatten(1))
     return fused
+
+
+def _wide(t: Tensor) -> Tensor:
+    """What is computed from weights is rounded once, to the model's dtype, not to the file's before."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 def round_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:

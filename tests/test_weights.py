@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from flashvsr_model import weights
 from flashvsr_model.checkpoint import NAMED, Checkpoint, check_layout
 from flashvsr_model.config import PRESETS
-from flashvsr_model.fuse import expected_shapes, round_taps
+from flashvsr_model.fuse import expected_shapes, fuse_decoder, fuse_lq, round_taps
 from flashvsr_model.weights import (OFFICIAL, RUN_TIME, Known, WeightsError, load_compact, load_official,
                                     load_upscaler, save_compact, verify)
 from tests import full_size_weights
@@ -426,6 +426,16 @@ def test_load_upscaler_refuses(compact_file, releases, tmp_path):
 def test_written_loaded_and_run(tmp_path, capsys):
     full_size_weights.main([str(tmp_path / "weights"), "--small"])
     assert "(29, 256, 256, 3) pushed, (4, 256, 256, 3) flushed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", ["v1", "compact"])
+def test_weights_are_folded_before_they_are_rounded(version):
+    tensors = {name: t.half() for name, t in random_tensors(dataclasses.replace(PRESETS[version], **SMALL)).items()}
+    wide = {name: t.float() for name, t in tensors.items()}
+    config = dataclasses.replace(PRESETS[version], **SMALL)
+    for narrow, exact in ((fuse_decoder(tensors), fuse_decoder(wide)), (fuse_lq(config, tensors), fuse_lq(config, wide))):
+        for name in exact:
+            torch.testing.assert_close(narrow[name].float(), exact[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("shape, taps", [((6, 5, 3, 3), (2, 3)), ((2, 2, 2, 6, 2, 2, 5), (4, 5))], ids=["3x3", "folded"])
