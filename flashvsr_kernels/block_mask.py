@@ -37,7 +37,8 @@ class BlockMask:
 
         columns: of the picture whose blocks the Mq are, row by row, for a better order
         backend: "triton" or "reference"; None takes the first that can run the call
-        Raises ValueError for another dtype or number of dimensions, and for columns that do not divide Mq.
+        Raises ValueError for another dtype or number of dimensions, and for columns that do not divide Mq,
+        NotImplementedError with the reason if the backend cannot run.
         """
         if dense.dtype != torch.bool or dense.ndim != 4:
             raise ValueError(f"dense must be bool (B, H, Mq, Mk), got {dense.dtype} {tuple(dense.shape)}")
@@ -53,7 +54,10 @@ class BlockMask:
         return dense.scatter_(-1, at, True)[..., :self.key_blocks]
 
     def transposed(self, *, backend: str | None = None) -> "BlockMask":
-        """The lists of query blocks for each key block, which a backward pass over keys reads."""
+        """The lists of query blocks for each key block, (B, H, Mk, up to Mq), which a backward pass over keys reads.
+
+        backend: as for from_dense, with NotImplementedError if it cannot run
+        """
         lists = torch.ops.flashvsr.transposed_lists(self.index, self.count, self.key_blocks, backend)
         return BlockMask(*lists, self.count.shape[-1])
 
@@ -85,6 +89,8 @@ def local_window(rows: int, cols: int, window: int, *, edge: str = "truncate",
 
     Block (r, c) sees rows r - window//2 ... r - window//2 + window - 1, and columns alike.
     edge: "truncate" lets the window hang over the border, as the official code does; "shift" moves it inside
+    device: where the result is, a CPU if None
+    Raises ValueError for numbers under 1 and another edge.
     """
     if min(rows, cols, window) < 1:
         raise ValueError(f"rows, cols and window must be at least 1, got {rows}, {cols} and {window}")
@@ -106,6 +112,7 @@ def lcsa_mask(q_mean: Tensor, k_mean: Tensor, local: Tensor, *, slices: int, top
     columns: of the picture whose blocks the S are, row by row, for a better order
     backend: "triton" (means bf16, fp16 or float32), "reference", or None for the first that can run the call
     Returns a BlockMask (B, H, slices * S, n * S). Source: FlashVSR, arXiv 2510.12747, and its code.
+    Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
     """
     if (q_mean.ndim != 4 or k_mean.ndim != 4 or q_mean.shape[:2] != k_mean.shape[:2]
             or q_mean.shape[3] != k_mean.shape[3]):

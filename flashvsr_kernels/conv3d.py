@@ -18,13 +18,16 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
        never copy it    bias: (O,)
     gamma: (O,) adds SiLU(y / sqrt(mean(y^2) + 1e-24) * gamma) over the channels, float32 inside
     backend: "triton" (sm_80 up) and "hopper" (Gluon, sm_90), bf16 and fp16; "reference" (PyTorch); None for the
-       first that can run the call
+       first that can run the call. hopper wants pictures of 16 rows and 8 columns at least, C and O multiples of 8,
+       and rows 16-byte aligned
     Returns (B, T / 2, H, W, O), contiguous. Differentiable by way of the reference.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
     """
     if x.ndim != 5 or x.shape[1] % 2 or not x.numel():
         raise ValueError(f"x must be (B, T, H, W, C), not empty, with even T, got {tuple(x.shape)}")
     B, _, H, W, C = x.shape
+    if not x.is_floating_point():
+        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
     if tail is not None and tail.shape != (B, 2, H, W, C):
         raise ValueError(f"tail must be {(B, 2, H, W, C)} for x {tuple(x.shape)}, got {tuple(tail.shape)}")
     taps = 2 if tail is None else 4
@@ -43,8 +46,12 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
 
 def fold_repeat(weight: Tensor) -> Tensor:
     """Weight (O, C, 2, 3, 3) that does on x alone what weight (O, C, 4, 3, 3) does on x of two steps with x as its
-    tail: half the work. Summed in float32 or wider.
+    tail: half the work. Summed in float32 or wider, channels_last_3d in memory, in weight's dtype.
+
+    Raises ValueError for a weight of another shape.
     """
+    if weight.ndim != 5 or weight.shape[2:] != (4, 3, 3):
+        raise ValueError(f"weight must be (O, C, 4, 3, 3), got {tuple(weight.shape)}")
     wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     return (wide[:, :, :2] + wide[:, :, 2:]).to(weight.dtype, memory_format=torch.channels_last_3d)
 

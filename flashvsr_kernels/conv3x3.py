@@ -20,12 +20,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     weight: (O, C, 3, 3), or (O, 2 C, 3, 3) with past    bias: (O,) or None
     past: (N, H, W, C), the second half of the input channels: the picture one step before
     upsample: 2 doubles the picture (nearest neighbour) before the convolution, as upsample_conv with weights
-       folded in each call
+       folded in each call, a joined copy of x and past, and bias, residual and relu behind it, each rounded
     residual: (N, upsample * H, upsample * W, O), added before relu
     out: the result's memory, contiguous and of none of the others, while no gradients are recorded; allocated if None
     backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), both bf16 and fp16; "cpu" (C++, float32 and bf16);
        "reference" (PyTorch); None for the first of them that can run the call. All but the reference want
-       contiguous pictures and weights in memory format channels_last.
+       contiguous pictures and weights in memory format channels_last; hopper also C a multiple of 8, O of 64, and
+       tensors that begin at 16 bytes.
     Returns (N, upsample * H, upsample * W, O), contiguous. Differentiable in all tensors.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.
@@ -70,6 +71,7 @@ def fold_upsample(weight: Tensor, grow: Tensor | None = None) -> Tensor:
     make step t of a pixel; None for no growth, T = 1
     Returns (T, 2, 2, O, 2, 2, C) by step, output phase y and x, channel, tap y and x, contiguous, in weight's
     dtype; computed in float32 or wider. Differentiable.
+    Raises ValueError for other shapes.
     """
     if weight.ndim != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight must be (O, C, 3, 3), got {tuple(weight.shape)}")
@@ -219,11 +221,11 @@ _lib.define("upsample_conv(Tensor x, Tensor folded, bool relu, str? backend) -> 
 
 
 def _conv3x3_into(x, weight, bias, past, residual, relu, out, backend):
-    pick("conv3x3", backend, x, weight, bias, past, residual).run(x, weight, bias, past, residual, relu, out=out)
+    pick("conv3x3", backend, x, weight, bias, past, residual, out).run(x, weight, bias, past, residual, relu, out=out)
 
 
 def _upsample_conv_into(x, folded, relu, out, backend):
-    pick("upsample_conv", backend, x, folded).run(x, folded, relu, out=out)
+    pick("upsample_conv", backend, x, folded, out).run(x, folded, relu, out=out)
 
 
 define("conv3x3_into", "Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "

@@ -51,7 +51,7 @@ PIXELS_FREE = gl.constexpr(12)
 def supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     """None if conv3x3 or upsample_conv can run contiguous tensors like these, else the reason in one line.
 
-    weight: (O, C, 3, 3), channels last, or folded (T, 2, 2, O, 2, 2, C)    others: past, residual
+    weight: (O, C, 3, 3), channels last, or folded (T, 2, 2, O, 2, 2, C)    others: bias, past, residual, out
     """
     C, O = x.shape[3], weight.shape[0 if weight.ndim == 4 else 3]
     if not x.numel():

@@ -18,7 +18,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
     backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), "cuda" (CUDA C++, sm_80 up), all three bf16 and
-       fp16; "cpu" (C++); "reference" (PyTorch); None for the first of them that can run the call
+       fp16 and scale > 0, hopper and cuda also rows 16-byte aligned; "cpu" (C++; float32, float64 and bf16);
+       "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
     (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
@@ -48,11 +49,22 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
     elif (*mask.count.shape, mask.key_blocks) != blocks:
         raise ValueError(f"mask must be for {blocks} blocks, "
                          f"got one for {(*mask.count.shape, mask.key_blocks)}")
-    if mask.index.device != q.device:
-        raise ValueError(f"mask must be on {q.device}, got {mask.index.device}")
+    _check_lists(mask, q.device)
     out, lse = torch.ops.flashvsr.sparse_attn(q, k, v, mask.index, mask.count, mask.order,
                                               D ** -0.5 if scale is None else scale, backend)
     return (out, lse) if return_lse else out
+
+
+def _check_lists(mask: BlockMask, device: torch.device) -> None:
+    """Kernels read them where they expect them to be."""
+    of = tuple(mask.count.shape)
+    for name, found, shape in (("index", mask.index, (*of, *mask.index.shape[-1:])), ("count", mask.count, of),
+                               ("order", mask.order, (mask.count.numel(),))):
+        if (found.shape, found.dtype) != (shape, torch.int32) or not found.is_contiguous():
+            raise ValueError(f"mask.{name} must be int32 {shape}, contiguous, "
+                             f"got {found.dtype} {tuple(found.shape)} with strides {found.stride()}")
+        if found.device != device:
+            raise ValueError(f"mask must be on {device}, got {name} on {found.device}")
 
 
 # Implementations take (q, k, v, index, count, order, scale) and return (out, lse). Kernel modules are

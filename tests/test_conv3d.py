@@ -64,6 +64,8 @@ def test_weights_folded_for_a_clip_that_is_its_own_context(dtype):
     assert folded.permute(0, 2, 3, 4, 1).is_contiguous() and folded.dtype == dtype
     exact = causal_conv3d(x.double(), weight.double(), bias.double(), x.double())
     check(causal_conv3d(x, folded, bias, None), causal_conv3d(x, weight, bias, x), exact)
+    with pytest.raises(ValueError, match=r"weight must be \(O, C, 4, 3, 3\), got \(32, 16, 3, 3, 3\)"):
+        fold_repeat(weight[:, :, :3])
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
@@ -106,7 +108,8 @@ X, W, B = torch.zeros(1, 4, 3, 3, 6), torch.zeros(7, 6, 4, 3, 3), torch.zeros(7)
     ((X, W, B[:5], X[:, :2]), None, r"bias must be \(7,\)"),
     ((X, W, B, X[:, :2]), B[:5], r"gamma must be \(7,\)"),
     ((X, W.double(), B, X[:, :2]), None, r"weight must be torch.float32 on cpu as x, got torch.float64 on cpu"),
-], ids=["odd", "empty", "tail", "weight", "taps", "bias", "gamma", "dtype"])
+    ((X.int(), W.int(), B.int(), None), None, "x must have a floating dtype, got torch.int32"),
+], ids=["odd", "empty", "tail", "weight", "taps", "bias", "gamma", "dtype", "integers"])
 def test_bad_arguments_are_named(args, gamma, message):
     with pytest.raises(ValueError, match=message):
         causal_conv3d(*args, gamma=gamma)

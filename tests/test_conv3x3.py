@@ -1,12 +1,20 @@
 """The decoder's convolutions against loops over their definitions, and as PyTorch operators. Kernels have
 tests of their own.
 """
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flashvsr_kernels import backends, conv3x3, fold_upsample, upsample_conv
+from tests.error_rule import check
+
+X, W = torch.zeros(1, 4, 4, 8), torch.zeros(5, 8, 3, 3)
+FOLDED = torch.zeros(1, 2, 2, 5, 2, 2, 8)
+TABLES = sys.modules["flashvsr_kernels.backends"]._tables  # the package's attribute of that name is a function
 
 
 def by_definition(x, weight, bias=None, past=None, residual=None, upsample=1, relu=False):
@@ -94,6 +102,20 @@ def test_folding_keeps_the_rule(dtype, T):
     assert errors[0].square().mean().sqrt() <= 2 * errors[1].square().mean().sqrt() + 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_enlarged_in_16_bits(device):
+    """Each part behind the convolution rounds, as PyTorch's operators do."""
+    x, weight, options = inputs(2, 9, 7, 64, 64, upsample=2, device=device, dtype=torch.bfloat16)
+    weight /= 34
+
+    def plain(x, weight, bias, past, residual, upsample, relu):
+        x = torch.cat([x, past], -1).permute(0, 3, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return (F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1) + residual).relu()
+    exact = plain(x.double(), weight.double(), **{key: value.double() if torch.is_tensor(value) else value
+                                                  for key, value in options.items()})
+    check(conv3x3(x, weight, **options), plain(x, weight, **options), exact)
+
+
 @pytest.mark.parametrize("device, dtype, steps", [
     ("cpu", torch.float32, 64), pytest.param("cuda", torch.bfloat16, 2, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
 def test_past_may_be_kept_as_its_half_of_the_sum(device, dtype, steps):
@@ -154,6 +176,17 @@ def test_results_in_memory_that_is_given(upsample, backend):
         wanted = make(None)
         out = torch.empty_like(wanted)
         assert make(out) is out and torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("op", ["conv3x3", "upsample_conv"])
+def test_backends_are_asked_about_the_memory_for_results_too(monkeypatch, op):
+    asked = []
+    last = TABLES[op][-1]
+    monkeypatch.setitem(TABLES, op, (replace(last, supports=lambda *facts: asked.append(facts)),))
+    call = (conv3x3, W) if op == "conv3x3" else (upsample_conv, FOLDED)
+    out = call[0](X, call[1])
+    call[0](X, call[1], out=out)
+    assert asked[-1][-1] is not None and asked[-1][-1].data_ptr() == out.data_ptr() and len(asked) == 2
 
 
 def test_wrong_memory_for_results_is_named():
@@ -217,8 +250,6 @@ def test_compiles_once_for_all_sizes():
     assert counter.frame_count == 1
 
 
-X, W = torch.zeros(1, 4, 4, 8), torch.zeros(5, 8, 3, 3)
-FOLDED = torch.zeros(1, 2, 2, 5, 2, 2, 8)
 
 
 @pytest.mark.parametrize("args, options, message", [
