@@ -211,9 +211,10 @@ def test_real_sizes(sizes):
 
 @needs_hopper
 @with_and_without_others
-@pytest.mark.parametrize("T, O", [(4, 512), (2, 3072)], ids=["pixels", "channels"])
-def test_same_bits_500_times(T, O, others):
-    call = make(1, T, 48, 88, 256, O, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("T, O, context", [(4, 512, True), (2, 3072, True), (4, 512, False)],
+                         ids=["pixels", "channels", "no context"])
+def test_same_bits_500_times(T, O, context, others):
+    call = make(1, T, 48, 88, 256, O, torch.bfloat16, "cuda", context)
     assert changed(lambda: conv3d_hopper.forward(*call), others) == 0
 
 

@@ -294,8 +294,9 @@ def test_compiled_without_a_gpu():
 
 @needs_hopper
 @with_and_without_others
-@pytest.mark.parametrize("shape", [*REAL.values(), *FOLDED.values()],
-                         ids=[*REAL.keys(), *(f"enlarged {name}" for name in FOLDED)])
+@pytest.mark.parametrize("shape", [*REAL.values(), (4, 384, 704, 64, 64, True, True), *FOLDED.values(),
+                                   (2, 384, 704, 64, 64, 2)],
+                         ids=[*REAL.keys(), "64", *(f"enlarged {name}" for name in FOLDED), "enlarged 64"])
 def test_same_bits_500_times(tiles, shape, others):
     if len(shape) == 6:
         launch = partial(conv3x3_hopper.upsample_conv, *make_folded("cuda", *shape[:5], T=shape[5]))

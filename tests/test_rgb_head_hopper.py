@@ -122,8 +122,9 @@ def test_whole_op(size, box, dtype):
 
 @needs_hopper
 @with_and_without_others
-def test_same_bits_500_times(others):
-    call = make("cuda", 1, 384, 704, 128, 128, 128, BF16)
+@pytest.mark.parametrize("hidden", [128, 64])
+def test_same_bits_500_times(hidden, others):
+    call = make("cuda", 1, 384, 704, 128, 128, hidden, BF16)
     launch = partial(rgb_head, *call, out_dtype=torch.float32, backend="hopper")
     assert changed(launch, others) == 0
 
