@@ -1,15 +1,15 @@
 """Block-sparse attention, ours and others', on the same lists: time, rate, and how near to ideal.
 
-    python -m benchmarks.bench_attention [--quick] [--json FILE.json --plot FILE.png]
+    python -m benchmarks.bench_attention [--quick] [--thirty] [--json FILE.json --plot FILE.png]
 
 First a line with the machine; then one line for each case and contestant: median, 20th and 80th percentile of
 the time; TFLOP/s on the kept blocks (4 D 128^2 a block forward, 2.5 times that backward; dense attention: all
 blocks); the same over the rate of a large matrix product (8192^3 in bf16; on a CPU 1024^3); ideal time over
 time, ideal being dense attention's (cuDNN's on a GPU) times the density; the error of a few tiles against
 float32; the time to build our lists from a bool mask; and how many times as fast as each peer, a median of ratios
-within cycles. How is timed: timing.py; forward calls are replayed as CUDA graphs, as the model's are, where they
-can be recorded. Which masks: masks.py. Backward is the gradient alone. Exit 1 if one of our backends gave a wrong
-result or an error other than that it cannot run the case.
+within cycles. timing.py says how they are timed, masks.py with which masks; forward calls are replayed as CUDA
+graphs, as the model's are, where they can be recorded. Backward is the gradient alone. Exit 1 if one of our backends
+gave a wrong result or an error other than that it cannot run the case.
 """
 import argparse
 import json
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flashvsr_kernels import BlockMask, lcsa_mask, local_window
 
@@ -33,20 +34,37 @@ OTHERS = {"cuda": ["flex", "fa4", "fastvideo", "flashinfer", "bsa"], "cpu": ["sd
 
 
 def gather(names: list[str],
-           work: Work) -> tuple[dict[str, Contestant], dict[str, float | None], dict[str, str]]:
-    """Contestants that ran once, their errors (None: attends to all keys of a sparse mask), others' reasons.
+           work: Work) -> tuple[dict[str, Recorded], dict[str, float | None], dict[str, str]]:
+    """Contestants as they are timed, errors of what they give so (None: attends to all keys of a sparse mask), others'
+    reasons.
     """
     ready, errors, refused = {}, {}, {}
     for name in names:
         try:
-            made = contestant(name, work)
-            result = made.call()
+            ready[name], result, heads_first = timed(contestant(name, work), work)
             compared = name not in EXACT or work.density == 1
-            errors[name] = spot_check.error(result, made.heads_first, work) if compared else None
-            ready[name] = made
+            errors[name] = spot_check.error(result, heads_first, work) if compared else None
         except Exception as error:  # other packages raise anything; the reason is printed and kept
+            ready.pop(name, None)
             refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return ready, errors, refused
+
+
+def timed(made: Contestant, work: Work) -> tuple[Recorded, Tensor | tuple[Tensor, ...], bool]:
+    """What is timed, the result of a run of it, and its layout.
+
+    Backwards start from Python: they run on the stream of their forward, which the recording's is not.
+    """
+    held: dict[str, Tensor | tuple[Tensor, ...]] = {}
+
+    def call() -> None:
+        held["result"] = made.call()
+    call()  # compiles
+    recorded = captured(call, work.q.device.type) if work.case.direction == "fwd" else Recorded(call)
+    for x in held["result"] if isinstance(held["result"], tuple) else (held["result"],):
+        x.fill_(float("nan"))  # or else a recording of nothing would seem right, and fast
+    recorded.call()
+    return recorded, held["result"], made.heads_first
 
 
 def run(case: Case, names: list[str], device: str, seconds: float,
@@ -56,10 +74,7 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     ready, errors, refused = gather([DENSE[device], *names], work)
     product, product_flop = gemm(device, case.dtype)
     product()
-    # A backward runs on the stream of its forward, which a graph does not record; it is never short.
-    timed = {name: captured(made.call, device) if case.direction == "fwd" else Recorded(made.call)
-             for name, made in ready.items()}
-    times = measure({"gemm": product} | {name: made.call for name, made in timed.items()}, device, seconds, turn)
+    times = measure({"gemm": product} | {name: made.call for name, made in ready.items()}, device, seconds, turn)
     lists = measure({"lists": lambda: BlockMask.from_dense(work.dense)}, device, seconds / 20)["lists"]
     dense, rate = times.get(DENSE[device]), product_flop / summary(times["gemm"])["us"] / 1e6
     rows = []
@@ -72,14 +87,14 @@ def run(case: Case, names: list[str], device: str, seconds: float,
             row["of_ideal"] = work.density * ratio(dense, found, len(times))
         if name in ready:
             row["error"] = errors[name]
-            row |= {"no_graph": timed[name].alone} if timed[name].alone else {}
+            row |= {"no_graph": ready[name].alone} if ready[name].alone else {}
         if name in OURS:
             peers = [peer for peer in times if peer not in (*OURS, "gemm", DENSE[device])]
             over = {peer: float(f"{ratio(times[peer], found, len(times)):.5g}") for peer in peers}
             row |= {"as_fast_as": over} if peers else {}
             row["lists_us"] = summary(lists)["us"]
             if device == "cuda":
-                row["under_load"] = _under_load(timed[name].call, row["us"], flop)
+                row["under_load"] = _under_load(ready[name].call, row["us"], flop)
         rows.append({key: float(f"{value:.5g}") if isinstance(value, float) else value
                      for key, value in row.items()})
     return rows, [{"case": case.key, "contestant": name, "refused": why} for name, why in refused.items()]

@@ -73,7 +73,7 @@ def captured(call: Callable[[], object], device: str, runs: int = 1) -> Contesta
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError as error:  # from CUDA, whatever it is: said in the row
+    except Exception as error:  # CUDA's, or another package's, whatever it is: said in the row
         torch.cuda.synchronize()
         return Contestant(call, runs, " ".join(str(error).split())[:200])
     return Contestant(graph.replay, runs, recorded=call)

@@ -1,4 +1,6 @@
 """Is what was timed right? A few tiles of a result against float32 attention from the bool mask alone."""
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ WORST = .03  # of the RMS: bf16 attention has 2e-3 to 5e-3, a wrong list or scal
 
 
 def error(result: Tensor | tuple[Tensor, ...], heads_first: bool, work: Work) -> float:
-    """RMS error over RMS, the worst of the first, middle and last query tile; backward also a tile of dk, dv.
+    """RMS error over RMS, the worst of the first, middle and last query tile; backward also a tile of dk, dv. Infinite
+    if something is not a number.
     """
     found = result if isinstance(result, tuple) else (result,)
     if heads_first:
@@ -27,8 +30,9 @@ def error(result: Tensor | tuple[Tensor, ...], heads_first: bool, work: Work) ->
         for i, x in enumerate(found[1:]):
             true = sum((row.of_key(n)[i] for row in rows), torch.zeros(1, device=x.device))
             pairs.append((x[0, _tokens(n), h], true))
-    return max(((got.float() - true).square().mean() / true.square().mean().clamp(min=1e-20)).sqrt().item()
-               for got, true in pairs)
+    worst = torch.stack([((got.float() - true).square().mean() / true.square().mean().clamp(min=1e-20)).sqrt()
+                         for got, true in pairs]).max()  # of torch: NaN if one is
+    return math.inf if worst.isnan() else worst.item()
 
 
 def _tokens(block: int) -> slice:

@@ -110,6 +110,14 @@ def test_spot_check_knows_right_from_wrong(direction):
         assert spot_check.error(wrong, made.heads_first, work) == pytest.approx(.05, rel=1e-3)
 
 
+def test_a_contestant_that_stopped_writing_is_found():
+    """What is compared is a later run's result, in poisoned memory, not the first's."""
+    work = cases.Work.of(cases.Case("128x256", .5, 0, heads=2, D=64, dtype="fp32"), "cpu")
+    first = peers.contestant("sdpa-masked", work).call()
+    _, result, heads_first = bench_attention.timed(peers.Contestant(lambda: first, True), work)
+    assert spot_check.error(result, heads_first, work) == float("inf")
+
+
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_a_run_prints_and_writes_every_contestant(small, tmp_path, capsys, direction):
     path = tmp_path / "deep" / "a.json"
