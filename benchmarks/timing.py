@@ -11,7 +11,7 @@ The clock follows the load by a tenth of a second or so. Bursts are shorter: one
 needs more energy a call than the others slows them down instead of itself, as kernels do to each other in a
 model. Settled, each contestant first runs untimed until the clock is its own: what it does alone under lasting
 load, where a call takes as long as its energy at the power limit. Ratios differ by up to 15 % between the two.
-Turns of thirty calls, however long, lie between them: attention's goals were set in such.
+Turns of thirty calls, of 1 to 3 ms, lie between them: attention's goals were set in such.
 """
 import argparse
 import statistics
