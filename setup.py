@@ -146,9 +146,8 @@ class Plan:
         parts = ["-DFLASHVSR_CPU"] * self.cpu + ["-DFLASHVSR_CUDA"] * self.cuda
         stable = ["-DTORCH_TARGET_VERSION=0x020B000000000000", "-DTORCH_STABLE_ONLY",  # 2.11
                   f"-I{self.torch / 'include'}"]
-        ops = [(CSRC / "bindings.cpp", [*cxx, *stable, *parts])]
+        ops = [(CSRC / name, [*cxx, *stable, *parts]) for name in ("bindings.cpp", "bindings_conv3x3.cpp")]
         if self.cpu:
-            ops.append((CSRC / "bindings_conv3x3.cpp", [*cxx, *stable]))
             for kernel, isas in CPU_KERNELS.items():
                 name = f"-DFLASHVSR_{kernel.upper()}={kernel}_"
                 ops.append((CSRC / f"cpu/run_{kernel}.cpp", cxx))

@@ -7,9 +7,6 @@
 #include "bindings.h"
 #include "cpu/sparse_attn.h"
 #ifdef FLASHVSR_CUDA
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "cuda/sparse_attn.h"
 #endif
 
@@ -110,20 +107,6 @@ std::tuple<Tensor, Tensor> sparse_attn_cpu(const Tensor& q, const Tensor& k, con
 #endif
 #ifdef FLASHVSR_CUDA
 
-// The stream that torch works on. The function lives in libtorch_cuda.so alone: linked normally, this library
-// would not load beside a torch without CUDA.
-void* current_stream(int device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return cuda ? reinterpret_cast<Get>(dlsym(cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA stream: libtorch_cuda.so is not loaded");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "torch gives no CUDA stream for device ", device);
-  return stream;
-}
-
 void check_rows(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name,
                   " must begin at a multiple of 16 bytes");
@@ -153,7 +136,7 @@ std::tuple<Tensor, Tensor> sparse_attn_cuda(const Tensor& q, const Tensor& k, co
   STD_TORCH_CHECK(order.is_contiguous(), "order must be contiguous");
   p.order = static_cast<const int32_t*>(order.const_data_ptr());
   if (p.batches * p.heads * p.q_blocks > 0) {
-    void* stream = current_stream(device);
+    void* stream = flashvsr::current_stream(device);
     const torch::stable::accelerator::DeviceGuard guard(device);
     const char* error = flashvsr_sparse_attn_cuda(&p, device, stream);
     STD_TORCH_CHECK(error == nullptr, "sparse_attn_cuda was not launched: ", error);

@@ -6,6 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef FLASHVSR_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 #include "cpu/workers.h"
 #include "params.h"
 
@@ -35,5 +40,23 @@ inline Workers torch_workers() {
             });
           }};
 }
+
+#ifdef FLASHVSR_CUDA
+
+// The stream that torch works on. The function lives in libtorch_cuda.so alone: linked normally, this library
+// would not load beside a torch without CUDA.
+inline void* current_stream(int device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return cuda ? reinterpret_cast<Get>(dlsym(cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA stream: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch gives no CUDA stream for device ", device);
+  return stream;
+}
+
+#endif
 
 }  // namespace flashvsr

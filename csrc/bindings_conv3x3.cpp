@@ -1,12 +1,16 @@
-// The C++ convolutions that torch sees, and every check of their arguments.
+// The C++ and CUDA convolutions that torch sees, and every check of their arguments.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <initializer_list>
 #include <limits>
 #include <optional>
 
 #include "bindings.h"
 #include "cpu/conv3x3.h"
+#ifdef FLASHVSR_CUDA
+#include "cuda/conv3x3.h"
+#endif
 
 namespace {
 
@@ -35,21 +39,9 @@ const void* check_like(const char* name, const std::optional<Tensor>& y, const T
   return y->const_data_ptr();
 }
 
-Tensor run(Conv3x3Params& p, const Tensor& x, int64_t isa) {
-  STD_TORCH_CHECK(p.outputs > 0, "there must be output channels");
-  const int64_t scale = p.enlarge ? 2 : 1;
-  Tensor out = torch::stable::new_empty(
-      x, {p.pictures * p.steps, p.height * scale, p.width * scale, int64_t(p.outputs)});
-  p.out = out.mutable_data_ptr();
-  const auto* kernels = flashvsr::find_conv3x3_cpu(p.dtype, flashvsr::Isa(isa));
-  STD_TORCH_CHECK(kernels != nullptr, "no build for x's dtype runs on this processor (isa ", isa, ")");
-  if (p.pictures * p.height * p.width > 0)
-    flashvsr::run_conv3x3_cpu(p, *kernels, flashvsr::torch_workers());
-  return out;
-}
-
-Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                   std::optional<Tensor> past, std::optional<Tensor> residual, bool relu, int64_t isa) {
+// The parameters of a call but where the result goes.
+Conv3x3Params check_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& past, const std::optional<Tensor>& residual, bool relu) {
   Conv3x3Params p = check_picture(x);
   const int64_t inputs = x.size(3) * (past ? 2 : 1), O = weight.dim() ? weight.size(0) : 0;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == inputs && weight.size(2) == 3 && weight.size(3) == 3,
@@ -66,29 +58,100 @@ Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
     STD_TORCH_CHECK(!residual || residual->size(n) == (n < 3 ? x.size(n) : O),
                     "residual must be (N, H, W, ", O, ")");
   }
+  STD_TORCH_CHECK(O > 0, "there must be output channels");
   p.weight = weight.const_data_ptr();
   p.bias = check_like("bias", bias, x);
   p.past = check_like("past", past, x);
   p.residual = check_like("residual", residual, x);
   p.outputs = int(O), p.relu = relu;
-  return run(p, x, isa);
+  return p;
 }
 
-Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, int64_t isa) {
+Conv3x3Params check_upsample_conv(const Tensor& x, const Tensor& folded, bool relu) {
   Conv3x3Params p = check_picture(x);
   STD_TORCH_CHECK(folded.dim() == 7 && folded.size(6) == x.size(3), "folded must be (T, 2, 2, O, 2, 2, ",
                   x.size(3), ")");
   for (int n : {1, 2, 4, 5})
     STD_TORCH_CHECK(folded.size(n) == 2, "folded must be (T, 2, 2, O, 2, 2, ", x.size(3), ")");
   STD_TORCH_CHECK(folded.size(0) > 0, "folded must have time steps");
+  STD_TORCH_CHECK(folded.size(3) > 0, "there must be output channels");
   p.weight = check_like("folded", folded, x);
   p.steps = int(folded.size(0)), p.outputs = int(folded.size(3));
   p.enlarge = true, p.relu = relu;
-  return run(p, x, isa);
+  return p;
 }
+
+#ifdef FLASHVSR_CPU
+
+Tensor run(Conv3x3Params p, const Tensor& x, int64_t isa) {
+  const int64_t scale = p.enlarge ? 2 : 1;
+  Tensor out = torch::stable::new_empty(
+      x, {p.pictures * p.steps, p.height * scale, p.width * scale, int64_t(p.outputs)});
+  p.out = out.mutable_data_ptr();
+  const auto* kernels = flashvsr::find_conv3x3_cpu(p.dtype, flashvsr::Isa(isa));
+  STD_TORCH_CHECK(kernels != nullptr, "no build for x's dtype runs on this processor (isa ", isa, ")");
+  if (p.pictures * p.height * p.width > 0)
+    flashvsr::run_conv3x3_cpu(p, *kernels, flashvsr::torch_workers());
+  return out;
+}
+
+Tensor conv3x3_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                   std::optional<Tensor> past, std::optional<Tensor> residual, bool relu, int64_t isa) {
+  return run(check_conv3x3(x, weight, bias, past, residual, relu), x, isa);
+}
+
+Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, int64_t isa) {
+  return run(check_upsample_conv(x, folded, relu), x, isa);
+}
+
+#endif
+#ifdef FLASHVSR_CUDA
+
+void launch(Conv3x3Params p, const Tensor& x, std::initializer_list<const Tensor*> others, const Tensor& out) {
+  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+  const int device = x.get_device_index();
+  STD_TORCH_CHECK(p.dtype == flashvsr::DType::bf16 || p.dtype == flashvsr::DType::f16,
+                  "x must be bfloat16 or float16 on CUDA");
+  STD_TORCH_CHECK(p.channels % 8 == 0 && p.outputs % 8 == 0, "channels must be multiples of 8 on CUDA, got ",
+                  p.channels, " and ", p.outputs);
+  const int64_t scale = p.enlarge ? 2 : 1, sets = p.enlarge ? 4 * p.steps : 1;
+  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == p.pictures * p.steps && out.size(1) == p.height * scale &&
+                      out.size(2) == p.width * scale && out.size(3) == p.outputs,
+                  "out must be (", p.pictures * p.steps, ", ", p.height * scale, ", ", p.width * scale, ", ",
+                  p.outputs, ")");
+  check_like("out", out, x);
+  for (const Tensor* y : others)
+    STD_TORCH_CHECK(y == nullptr || (y->is_cuda() && y->get_device_index() == device), "all must be on x's device");
+  for (const void* at : {p.x, p.past, p.weight, p.bias, p.residual, out.const_data_ptr()})
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % 16 == 0, "tensors must begin at a multiple of 16 bytes");
+  STD_TORCH_CHECK(p.height * p.width <= std::numeric_limits<int>::max(), "a picture must have less than 2^31 pixels");
+  STD_TORCH_CHECK(p.pictures * sets <= 65535, "there must be at most 65535 pictures, of steps and phases each, got ",
+                  p.pictures * sets);
+  p.out = out.mutable_data_ptr();
+  if (p.pictures * p.height * p.width == 0) return;
+  void* stream = flashvsr::current_stream(device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const char* error = flashvsr_conv3x3_cuda(&p, device, stream);
+  STD_TORCH_CHECK(error == nullptr, "conv3x3_cuda was not launched: ", error);
+}
+
+const Tensor* where(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }
+
+void conv3x3_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> past,
+                  std::optional<Tensor> residual, bool relu, const Tensor& out) {
+  launch(check_conv3x3(x, weight, bias, past, residual, relu), x,
+         {&weight, where(bias), where(past), where(residual), &out}, out);
+}
+
+void upsample_conv_cuda(const Tensor& x, const Tensor& folded, bool relu, const Tensor& out) {
+  launch(check_upsample_conv(x, folded, relu), x, {&folded, &out}, out);
+}
+
+#endif
 
 }  // namespace
 
+#ifdef FLASHVSR_CPU
 STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
   // weight: channels_last    isa: number of an Isa, for tests
   m.def(
@@ -101,3 +164,17 @@ STABLE_TORCH_LIBRARY_IMPL(flashvsr, CPU, m) {
   m.impl("conv3x3_cpu", TORCH_BOX(&conv3x3_cpu));
   m.impl("upsample_conv_cpu", TORCH_BOX(&upsample_conv_cpu));
 }
+#endif
+#ifdef FLASHVSR_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(flashvsr, m) {
+  m.def(
+      "conv3x3_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? residual, bool relu, "
+      "Tensor(a!) out) -> ()");
+  m.def("upsample_conv_cuda(Tensor x, Tensor folded, bool relu, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashvsr, CUDA, m) {
+  m.impl("conv3x3_cuda", TORCH_BOX(&conv3x3_cuda));
+  m.impl("upsample_conv_cuda", TORCH_BOX(&upsample_conv_cuda));
+}
+#endif

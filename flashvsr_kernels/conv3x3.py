@@ -23,10 +23,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
        folded in each call, a joined copy of x and past, and bias, residual and relu behind it, each rounded
     residual: (N, upsample * H, upsample * W, O), added before relu
     out: the result's memory, contiguous and of none of the others, while no gradients are recorded; allocated if None
-    backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), both bf16 and fp16; "cpu" (C++, float32 and bf16);
-       "reference" (PyTorch); None for the first of them that can run the call. All but the reference want
-       contiguous pictures and weights in memory format channels_last; hopper also C a multiple of 8, O of 64, and
-       tensors that begin at 16 bytes.
+    backend: "hopper" (Gluon, sm_90), "triton" and "cuda" (CUDA C++), both sm_80 up, all three bf16 and fp16; "cpu"
+       (C++, float32 and bf16); "reference" (PyTorch); None for the first of them that can run the call. All but the
+       reference want contiguous pictures and weights in memory format channels_last; hopper and cuda also C a
+       multiple of 8, O of 64 (hopper) or 8 (cuda), and tensors that begin at 16 bytes.
     Returns (N, upsample * H, upsample * W, O), contiguous. Differentiable in all tensors.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.
@@ -163,16 +163,31 @@ def _run_hopper(function: str, *call: Tensor | bool | None, out: Tensor | None =
     return getattr(conv3x3_hopper, function)(*call, out=out)
 
 
+def _run_cuda(function: str, x: Tensor, weight: Tensor, *call: Tensor | bool | None,
+              out: Tensor | None = None) -> Tensor:
+    if out is None:
+        N, H, W, _ = x.shape
+        out = x.new_empty((N, H, W, len(weight)) if weight.ndim == 4 else
+                          (N * len(weight), 2 * H, 2 * W, weight.shape[3]))
+    getattr(torch.ops.flashvsr, f"{function}_cuda")(x, weight, *call, out)
+    return out
+
+
 def _run_cpu(function: str, *call: Tensor | bool | None, out: Tensor | None = None) -> Tensor:
     y = getattr(torch.ops.flashvsr, f"{function}_cpu")(*call)
     return y if out is None else out.copy_(y)
 
 
 def _cpu_available(function: str) -> str | None:
-    reason = _native.available()
-    if reason is None and not hasattr(torch.ops.flashvsr, f"{function}_cpu"):
-        reason = f"flashvsr_kernels._C is built without {function}_cpu (build it again)"
-    return reason
+    return _native.available() or _built(f"{function}_cpu")
+
+
+def _cuda_available(function: str) -> str | None:
+    return _native.cuda_available() or _built(f"{function}_cuda")
+
+
+def _built(op: str) -> str | None:
+    return None if hasattr(torch.ops.flashvsr, op) else f"flashvsr_kernels._C is built without {op} (build it again)"
 
 
 def _layout(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
@@ -202,6 +217,19 @@ def gpu_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | Non
     return _layout(x, weight, *others)
 
 
+def _cuda_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    if reason := gpu_supports(x, weight, *others):
+        return reason
+    C, O = x.shape[3], weight.shape[0 if weight.ndim == 4 else 3]
+    if C % 8 or O % 8:
+        return f"channels must be multiples of 8, are {C} and {O}"
+    if any(y is not None and y.data_ptr() % 16 for y in (x, weight, *others)):
+        return "tensors must begin at a multiple of 16 bytes"
+    if len(x) * (1 if weight.ndim == 4 else 4 * len(weight)) > 65535 or x.shape[1] * x.shape[2] >= 2 ** 31:
+        return f"x has too many pictures or pixels for it: {tuple(x.shape)}"
+    return None
+
+
 def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     if reason := gpu_supports(x, weight, *others):
         return reason
@@ -212,6 +240,7 @@ def _hopper_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str |
 for _op in "conv3x3", "upsample_conv":
     register(_op, Backend("hopper", partial(_run_hopper, _op), _triton.hopper_available, _hopper_supports),
              Backend("triton", partial(_run_triton, _op), _triton.available, gpu_supports),
+             Backend("cuda", partial(_run_cuda, _op), partial(_cuda_available, _op), _cuda_supports),
              Backend("cpu", partial(_run_cpu, _op), partial(_cpu_available, _op), _cpu_supports),
              Backend("reference", partial(_run_reference, _op)))
 

@@ -284,13 +284,13 @@ def test_bad_arguments_of_folding_are_named(call, message):
 
 @pytest.mark.parametrize("op", ["conv3x3", "upsample_conv"])
 def test_backends_give_one_line(op):
-    assert set(backends()[op]) == {"hopper", "triton", "cpu", "reference"}
+    assert list(backends()[op]) == ["hopper", "triton", "cuda", "cpu", "reference"]
     assert all(reason is None or reason and "\n" not in reason for reason in backends()[op].values())
     with pytest.raises(ValueError, match=f"backend of {op} must be one of"):
         conv3x3(X, W, backend="cudnn") if op == "conv3x3" else upsample_conv(X, FOLDED, backend="cudnn")
 
 
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("backend", ["hopper", "triton", "cuda"])
 def test_what_a_backend_cannot_run_has_its_reason(backend):
     for call in (lambda: conv3x3(X, W, backend=backend), lambda: upsample_conv(X, FOLDED, backend=backend)):
         with pytest.raises(NotImplementedError, match=f"cannot run this call\n  {backend}: .*\n"):
@@ -298,7 +298,7 @@ def test_what_a_backend_cannot_run_has_its_reason(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("backend", ["hopper", "triton", "cuda"])
 def test_every_backend_reaches_its_kernel(backend):
     """Weights in another memory format are refused, not copied in silence."""
     if (reason := backends()["conv3x3"][backend]) is not None:

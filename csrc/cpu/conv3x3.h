@@ -6,19 +6,6 @@
 
 namespace flashvsr {
 
-// out = relu(conv(x) + bias + residual), or growth in time, enlargement by 2 and a convolution as one.
-struct Conv3x3Params {
-  const void *x, *past;  // (N, H, W, C), contiguous; past: the second half of the input channels, or null
-  const void* weight;    // (O, 3, 3, C or 2 C); to enlarge (T, 2, 2, O, 2, 2, C), see fold_upsample
-  const void* bias;      // (O,) or null
-  const void* residual;  // like out, or null
-  void* out;             // (N, H, W, O); enlarged (N * T, 2 H, 2 W, O)
-  int64_t pictures, height, width;  // N, H, W
-  int channels, outputs, steps;     // C, O, T (1 if nothing is enlarged)
-  bool enlarge, relu;
-  DType dtype;  // f32 or bf16
-};
-
 // How the work is cut. A picture is cut into tiles of 4x4 pixels. A task is a strip of blocks below one
 // another; a block lies within a row of tiles and is cut into groups. Channels are cut into vectors, those of
 // the input into chunks, those of the output into panels that are computed together. Where pictures are

@@ -69,6 +69,17 @@ __device__ inline uint32_t pack(float low, float high) {
   return bits;
 }
 
+// The two values of pack.
+template <bool kBf16>
+__device__ inline void unpack(uint32_t bits, float (&x)[2]) {
+  if constexpr (kBf16)
+    x[0] = __uint_as_float(bits << 16), x[1] = __uint_as_float(bits & 0xffff0000);
+  else
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(x[0]), "=f"(x[1])
+        : "r"(bits));
+}
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,0 +1,33 @@
+"""CUDA C++ kernels on a CPU: their source, compiled for the host with cuda_on_fibers.h in the place of CUDA.
+
+What a barrier or a wait protects is seen: copies arrive as late as they may, or as early as they can, and a warp runs
+as far as the barriers let it. What ptxas makes of the source is not.
+"""
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CXX = shutil.which(os.environ.get("CXX", "c++"))
+
+
+def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctypes.CDLL:
+    """csrc/cuda/source as a library, with plant's first text replaced by its second.
+
+    Its global fibers_late says when copies arrive.
+    """
+    text, (right, wrong) = (CSRC / "cuda" / source).read_text(), plant
+    assert text.count(right) == 1 or not right, f"{right!r} is not once in {source}"
+    text = text.replace(right, wrong) if right else text
+    text = text.replace("#include <cuda_runtime.h>", "").replace('#include "ptx.h"', '#include "cuda_on_fibers.h"')
+    text = re.sub(r"extern __shared__ .*? shared\[\];", "", text)
+    text, launches = re.subn(r"(\w+)<<<(\w+), (\w+), (\w+), \w+>>>\((\w+)\);", r"fibers::launch(\1, \2, \3, \4, \5);", text)
+    assert launches
+    text += "\nextern \"C\" void fibers_are_late(bool late) { fibers::late = late; }\n"
+    (folder / "kernel.cpp").write_text(text)
+    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}",
+                    folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)
+    return ctypes.CDLL(str(folder / "kernel.so"))
