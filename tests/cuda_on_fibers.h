@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <initializer_list>
 #include <vector>
 
 #define __device__

@@ -24,10 +24,12 @@ def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctype
     text = text.replace(right, wrong) if right else text
     text = text.replace("#include <cuda_runtime.h>", "").replace('#include "ptx.h"', '#include "cuda_on_fibers.h"')
     text = re.sub(r"extern __shared__ .*? shared\[\];", "", text)
-    text, launches = re.subn(r"(\w+)<<<(\w+), (\w+), (\w+), \w+>>>\((\w+)\);", r"fibers::launch(\1, \2, \3, \4, \5);", text)
+    text, launches = re.subn(r"(\w+)<<<(\w+), (\w+), (\w+), \w+>>>\((\w+)\);",
+                             r"fibers::launch(\1, \2, \3, \4, \5);", text)
     assert launches
     text += "\nextern \"C\" void fibers_are_late(bool late) { fibers::late = late; }\n"
     (folder / "kernel.cpp").write_text(text)
-    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}",
-                    folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)
+    include = [f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}"]
+    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *include, folder / "kernel.cpp",
+                    "-o", folder / "kernel.so"], check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))

@@ -14,8 +14,8 @@ from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
 
 REFUSAL = backends()["conv3x3"]["cuda"]
 BF16, FP16 = torch.bfloat16, torch.float16
-SHAPES = {"whole tiles": (1, 8, 32, 64, 64, BF16), "odd": (1, 9, 17, 72, 136, BF16), "one pixel": (3, 1, 1, 64, 128, BF16),
-          "one row": (1, 1, 40, 8, 8, BF16), "one column": (1, 17, 1, 16, 72, BF16), "fp16": (1, 9, 18, 64, 128, FP16)}
+SHAPES = {"whole tiles": (1, 8, 32, 64, 64, BF16), "odd": (1, 9, 17, 72, 136, BF16),
+          "one pixel": (3, 1, 1, 64, 128, BF16), "one row": (1, 1, 40, 8, 8, BF16), "one column": (1, 17, 1, 16, 72, BF16), "fp16": (1, 9, 18, 64, 128, FP16)}
 REAL = {"A": (4, 768, 1408, 128, 128), "B": (4, 384, 704, 128, 128), "C": (2, 192, 352, 256, 256),
         "D": (2, 96, 176, 512, 512), "first": (2, 96, 176, 784, 512), "compact": (2, 360, 640, 16, 16)}
 
@@ -68,7 +68,7 @@ def library(tmp_path_factory):
     return cuda_on_fibers.build("conv3x3.cu", tmp_path_factory.mktemp("fibers"))
 
 
-@pytest.fixture(params=[pytest.param("late copies", marks=needs_compiler), pytest.param("early copies", marks=needs_compiler),
+@pytest.fixture(params=[*(pytest.param(f"{when} copies", marks=needs_compiler) for when in ("late", "early")),
                         pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request):
     """Device and ops."""
@@ -122,7 +122,8 @@ def test_what_surrounds_it(place, bias, residual, relu, past):
 
 def test_what_must_not_be_read_is_nan(place):
     device, ops = place
-    for call, launch in ((make(device, 2, 5, 7, 40, 24), ops.conv3x3), (make_folded(device, 1, 3, 5, 40, 24), ops.upsample_conv)):
+    for make_call, launch in (make, ops.conv3x3), (make_folded, ops.upsample_conv):
+        call = make_call(device, 2, 5, 7, 40, 24)
         poisoned = [among(NAN, x) if isinstance(x, torch.Tensor) else x for x in call]
         wanted = launch(*call)
         assert wanted.isfinite().all() and torch.equal(launch(*poisoned), wanted)
@@ -217,6 +218,6 @@ def test_into_memory_that_is_given():
     (lambda x: x.float(), "has no torch.float32")], ids=["channels", "address", "dtype"])
 def test_what_it_cannot_run_has_its_reason(change, reason):
     x = change(make("cuda", 1, 4, 4, 64, 64, past=False)[0])
-    weight = torch.zeros(64, x.shape[3], 3, 3, device="cuda", dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    weight = x.new_zeros(64, x.shape[3], 3, 3).contiguous(memory_format=torch.channels_last)
     with pytest.raises(NotImplementedError, match=f"cuda: {reason}"):
         conv3x3(x, weight, backend="cuda")
