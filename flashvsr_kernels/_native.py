@@ -29,13 +29,18 @@ def available() -> str | None:
 
 
 def cuda_available() -> str | None:
-    """None if the CUDA op flashvsr::sparse_attn_cuda can run on this GPU, else the reason in one line."""
+    """None if the CUDA ops (flashvsr::sparse_attn_cuda, ...) can run on this GPU, else the reason in one line."""
     reason = _refusal or _has("sparse_attn_cuda", "CUDA", "FLASHVSR_BUILD_CUDA")
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device, or this torch is built without CUDA"
     if reason is None and torch.cuda.get_device_capability() < (8, 0):
         reason = f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
     return reason
+
+
+def built(op: str) -> str | None:
+    """None if flashvsr::op is in flashvsr_kernels._C, which is here, else the reason in one line."""
+    return None if hasattr(torch.ops.flashvsr, op) else f"flashvsr_kernels._C is built without {op} (build it again)"
 
 
 def _has(op: str, part: str, switch: str) -> str | None:

@@ -179,15 +179,11 @@ def _run_cpu(function: str, *call: Tensor | bool | None, out: Tensor | None = No
 
 
 def _cpu_available(function: str) -> str | None:
-    return _native.available() or _built(f"{function}_cpu")
+    return _native.available() or _native.built(f"{function}_cpu")
 
 
 def _cuda_available(function: str) -> str | None:
-    return _native.cuda_available() or _built(f"{function}_cuda")
-
-
-def _built(op: str) -> str | None:
-    return None if hasattr(torch.ops.flashvsr, op) else f"flashvsr_kernels._C is built without {op} (build it again)"
+    return _native.cuda_available() or _native.built(f"{function}_cuda")
 
 
 def _layout(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:

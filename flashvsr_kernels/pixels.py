@@ -180,6 +180,10 @@ def _unshuffle_supports(frames: Tensor, out: Tensor) -> str | None:
     return _on_gpu(frames)
 
 
+def _rgb_conv_cpu_available() -> str | None:
+    return _native.available() or _native.built("conv3x3_cpu")
+
+
 def _rgb_conv_cpu_supports(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> str | None:
     if out_dtype != x.dtype and x.dtype != torch.float32:
         return f"rounds to {x.dtype} before {out_dtype}"
@@ -211,7 +215,7 @@ register("enlarge", Backend("triton", _enlarge_triton, _triton.available, _on_gp
 register("pixel_unshuffle", Backend("triton", _unshuffle_triton, _triton.available, _unshuffle_supports),
          Backend("reference", reference.pixel_unshuffle))
 register("rgb_conv", Backend("triton", _rgb_conv_triton, _triton.available, _rgb_conv_supports),
-         Backend("cpu", _rgb_conv_cpu, _native.available, _rgb_conv_cpu_supports),
+         Backend("cpu", _rgb_conv_cpu, _rgb_conv_cpu_available, _rgb_conv_cpu_supports),
          Backend("reference", reference.rgb_conv))
 register("color_moments", Backend("reference", reference.color_moments))
 register("adain_uint8", Backend("triton", _adain_triton, _triton.available, _adain_supports),

@@ -15,7 +15,8 @@ from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
 REFUSAL = backends()["conv3x3"]["cuda"]
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = {"whole tiles": (1, 8, 32, 64, 64, BF16), "odd": (1, 9, 17, 72, 136, BF16),
-          "one pixel": (3, 1, 1, 64, 128, BF16), "one row": (1, 1, 40, 8, 8, BF16), "one column": (1, 17, 1, 16, 72, BF16), "fp16": (1, 9, 18, 64, 128, FP16)}
+          "one pixel": (3, 1, 1, 64, 128, BF16), "one row": (1, 1, 40, 8, 8, BF16),
+          "one column": (1, 17, 1, 16, 72, BF16), "fp16": (1, 9, 18, 64, 128, FP16)}
 REAL = {"A": (4, 768, 1408, 128, 128), "B": (4, 384, 704, 128, 128), "C": (2, 192, 352, 256, 256),
         "D": (2, 96, 176, 512, 512), "first": (2, 96, 176, 784, 512), "compact": (2, 360, 640, 16, 16)}
 

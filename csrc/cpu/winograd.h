@@ -2,7 +2,7 @@
 // instead of 144. A tile is 4x4 pixels of the output, its patch 6x6 of the input. Pictures and weights go to
 // values at 6x6 points, and products back to pixels, columns first on the way there and last on the way back.
 //
-// The points are 0, +-5/8, +-3/2 and infinity: on random numbers the error is two to three times that of a
+// The points are 0, +-5/8, +-3/2 and infinity: on random numbers the error is two to four times that of a
 // direct convolution, less than half of what the usual 0, +-1, +-2 give. Constants for pictures are exact.
 #pragma once
 #include "vectors.h"
