@@ -18,6 +18,8 @@ READY := $(VENV)/ready
 # and a frame upscaled beside two busy loops took 4 and 18 times as long.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=passive
 
+COMPILED := tests/test_aot.py tests/test_cuda_static.py
+
 .PHONY: demo test bench check clean
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) -m flashvsr_model demo
@@ -30,10 +32,10 @@ ifdef ARGS
 else
 	set -m; { failed=0; \
 	  $(TEST_ENV) TRITON_INTERPRET=1 $(RUN) -m pytest -m interpret || failed=1; \
-	  $(TEST_ENV) $(RUN) -m pytest tests/test_aot.py || failed=1; \
+	  $(TEST_ENV) $(RUN) -m pytest $(COMPILED) || failed=1; \
 	  exit $$failed; } >$(VENV)/beside.log 2>&1 & beside=$$!; set +m; \
 	  trap "kill -- -$$beside 2>/dev/null || true" EXIT; failed=0; \
-	  $(TEST_ENV) $(RUN) -m pytest --ignore=tests/test_aot.py || failed=1; \
+	  $(TEST_ENV) $(RUN) -m pytest $(COMPILED:%=--ignore=%) || failed=1; \
 	  wait $$beside || failed=1; cat $(VENV)/beside.log; exit $$failed
 endif
 

@@ -2,6 +2,7 @@
 // barriers and where the lanes of a warp work together. Blocks run one after the other, in memory that is poisoned.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,7 +49,9 @@ struct Copy {
   bool read;
 };
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it goes on: a jump, as swapcontext asks the kernel for the signal mask
+  bool begun;
   std::vector<char> stack;
   std::vector<Copy> started;
   std::vector<std::vector<Copy>> groups;
@@ -75,9 +78,11 @@ struct Index {
 
 inline void turn_to(int next) {
   if (++idle > 100L * kMost) fail("threads wait for each other");
-  const int from = now;
+  if (_setjmp(fiber[now].place)) return;
   now = next;
-  swapcontext(&fiber[from].context, &fiber[next].context);
+  if (fiber[next].begun) _longjmp(fiber[next].place, 1);
+  fiber[next].begun = true;
+  setcontext(&fiber[next].start);
 }
 inline void sync_block() {
   const int round = round_of_block;
@@ -134,13 +139,13 @@ void launch(Kernel kernel, dim3 grid, int block_threads, int bytes, const Params
         memset(lanes_waiting, 0, sizeof lanes_waiting);
         for (int i = 0; i < threads; ++i) {
           Fiber& f = fiber[i];
-          f.stack.resize(kStack), f.groups.clear(), f.started.clear(), f.meetings = 0;
-          getcontext(&f.context);
-          f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = nullptr;
-          makecontext(&f.context, run, 0);
+          f.stack.resize(kStack), f.groups.clear(), f.started.clear(), f.meetings = 0, f.begun = i == 0;
+          getcontext(&f.start);
+          f.start.uc_stack.ss_sp = f.stack.data(), f.start.uc_stack.ss_size = kStack, f.start.uc_link = nullptr;
+          makecontext(&f.start, run, 0);
         }
         now = 0;
-        swapcontext(&outside, &fiber[0].context);
+        swapcontext(&outside, &fiber[0].start);
       }
 }
 

@@ -30,6 +30,6 @@ def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctype
     text += "\nextern \"C\" void fibers_are_late(bool late) { fibers::late = late; }\n"
     (folder / "kernel.cpp").write_text(text)
     include = [f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}"]
-    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *include, folder / "kernel.cpp",
+    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include, folder / "kernel.cpp",
                     "-o", folder / "kernel.so"], check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))
