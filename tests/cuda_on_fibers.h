@@ -94,17 +94,16 @@ inline void sync_warp() {
   if (++lanes_waiting[warp] == 32) lanes_waiting[warp] = idle = 0, ++round_of_warp[warp];
   while (round == round_of_warp[warp]) turn_to(warp * 32 + (now + 1) % 32);
 }
-// What the lanes of this warp gave, after all have given.
-inline const uint32_t* meet(std::initializer_list<uint32_t> mine, int lane, bool first) {
+// To the other lanes of this warp; all give something before any goes on.
+inline void give(std::initializer_list<uint32_t> mine) {
   Fiber& own = fiber[now];
-  if (first) {
-    int i = 0;
-    for (uint32_t x : mine) own.given[own.meetings & 1][i++] = x;
-    sync_warp();
-    ++own.meetings;
-  }
-  return fiber[now / 32 * 32 + lane].given[(own.meetings - 1) & 1];
+  int i = 0;
+  for (uint32_t x : mine) own.given[own.meetings & 1][i++] = x;
+  sync_warp();
+  ++own.meetings;
 }
+// What a lane of this warp gave.
+inline const uint32_t* from(int lane) { return fiber[now / 32 * 32 + lane].given[(fiber[now].meetings - 1) & 1]; }
 
 inline uint8_t* at(uint32_t address) {
   if (address < kFirst || address + 16 > kFirst + kMemory || address % 16) fail("an address outside shared memory");
@@ -178,10 +177,10 @@ void wait_for_copies() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  fibers::meet({address}, 0, true);
+  fibers::give({address});
   const int lane = fibers::now % 32;
   for (int m = 0; m < 4; ++m)
-    memcpy(&r[m], fibers::at(fibers::meet({}, m * 8 + lane / 4, false)[0]) + lane % 4 * 4, 4);
+    memcpy(&r[m], fibers::at(fibers::from(m * 8 + lane / 4)[0]) + lane % 4 * 4, 4);
 }
 
 template <bool kBf16>
@@ -217,16 +216,16 @@ uint32_t pack(float low, float high) {
 
 template <bool kBf16>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  fibers::meet({a[0], a[1], a[2], a[3], b0, b1}, 0, true);
+  fibers::give({a[0], a[1], a[2], a[3], b0, b1});
   const int group = fibers::now % 32 / 4, column = fibers::now % 4 * 2;
   float x[2][16], y[2][16];  // two rows of a, two columns of b
   for (int i = 0; i < 2; ++i)
     for (int k = 0; k < 16; k += 2) {
       const int part = k / 8, lane = k % 8 / 2;
       float two[2];
-      unpack<kBf16>(fibers::meet({}, group * 4 + lane, false)[i + 2 * part], two);
+      unpack<kBf16>(fibers::from(group * 4 + lane)[i + 2 * part], two);
       x[i][k] = two[0], x[i][k + 1] = two[1];
-      unpack<kBf16>(fibers::meet({}, (column + i) * 4 + lane, false)[4 + part], two);
+      unpack<kBf16>(fibers::from((column + i) * 4 + lane)[4 + part], two);
       y[i][k] = two[0], y[i][k + 1] = two[1];
     }
   for (int i = 0; i < 4; ++i)

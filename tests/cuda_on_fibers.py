@@ -17,7 +17,7 @@ CXX = shutil.which(os.environ.get("CXX", "c++"))
 def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctypes.CDLL:
     """csrc/cuda/source as a library, with plant's first text replaced by its second.
 
-    Its global fibers_late says when copies arrive.
+    Its fibers_are_late(bool) says when copies arrive.
     """
     text, (right, wrong) = (CSRC / "cuda" / source).read_text(), plant
     assert text.count(right) == 1 or not right, f"{right!r} is not once in {source}"
@@ -30,6 +30,6 @@ def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctype
     text += "\nextern \"C\" void fibers_are_late(bool late) { fibers::late = late; }\n"
     (folder / "kernel.cpp").write_text(text)
     include = [f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}"]
-    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include, folder / "kernel.cpp",
-                    "-o", folder / "kernel.so"], check=True)
+    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include,
+                    folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))

@@ -430,9 +430,9 @@ def test_written_loaded_and_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("version", ["v1", "compact"])
 def test_weights_are_folded_before_they_are_rounded(version):
-    tensors = {name: t.half() for name, t in random_tensors(dataclasses.replace(PRESETS[version], **SMALL)).items()}
-    wide = {name: t.float() for name, t in tensors.items()}
     config = dataclasses.replace(PRESETS[version], **SMALL)
+    tensors = {name: t.half() for name, t in random_tensors(config).items()}
+    wide = {name: t.float() for name, t in tensors.items()}
     for narrow, exact in ((fuse_decoder(tensors), fuse_decoder(wide)), (fuse_lq(config, tensors), fuse_lq(config, wide))):
         for name in exact:
             torch.testing.assert_close(narrow[name].float(), exact[name], rtol=0, atol=0, msg=name)
