@@ -26,6 +26,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaFuncAttributePreferredSharedMemoryCarveout = 1;
@@ -155,6 +158,8 @@ inline uint64_t __cvta_generic_to_shared(const void* x) {
 }
 
 namespace flashvsr {
+
+inline int thread_index() { return fibers::now; }
 
 inline void copy_chunk(uint32_t to, const void* from, bool read = true) {
   if (uintptr_t(from) % 16) fibers::fail("an address is not a multiple of 16");

@@ -12,6 +12,7 @@ from flashvsr_kernels import backends, causal_conv3d, conv3d_hopper, reference
 from tests import gluon_on_threads, interpreter
 from tests.error_rule import check
 from tests.other_work import changed, with_and_without_others
+from tests.replayed import check_replays
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -221,14 +222,7 @@ def test_same_bits_500_times(T, O, context, others):
 @needs_hopper
 def test_graph():
     x, weight, bias, tail, gamma = make(1, 4, 32, 24, 64, 128, torch.bfloat16, "cuda")
-    conv3d_hopper.forward(x, weight, bias, tail, gamma)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = conv3d_hopper.forward(x, weight, bias, tail, gamma)
-    for _ in range(3):
-        x.copy_(torch.randn_like(x)), tail.copy_(torch.randn_like(tail)), out.fill_(NAN)
-        graph.replay()
-        assert torch.equal(out, conv3d_hopper.forward(x, weight, bias, tail, gamma))
+    check_replays(lambda: (conv3d_hopper.forward(x, weight, bias, tail, gamma),), (x, tail))
 
 
 @needs_hopper

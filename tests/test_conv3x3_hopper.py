@@ -20,6 +20,7 @@ from flashvsr_kernels.aot_launches import meta
 from tests.error_rule import check
 from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
+from tests.replayed import check_replays
 from tests.test_conv3x3_triton import NAN, among, make, make_folded, wide
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
@@ -307,20 +308,9 @@ def test_same_bits_500_times(tiles, shape, others):
 
 @needs_hopper
 def test_graph(tiles):
-    """What was captured is replayed for other values in the same memory."""
     call, folded = make("cuda", 2, 20, 70, 64, 64), make_folded("cuda", 2, 20, 70, 64, 64)
-
-    def launch():
-        return conv3x3_hopper.conv3x3(*call), conv3x3_hopper.upsample_conv(*folded)
-    launch()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = launch()
-    for _ in range(3):
-        for x in (*call[:5], *folded[:2]):
-            x.normal_()
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(captured, launch()))
+    check_replays(lambda: (conv3x3_hopper.conv3x3(*call), conv3x3_hopper.upsample_conv(*folded)),
+                  (*call[:5], *folded[:2]))
 
 
 @needs_hopper

@@ -11,6 +11,7 @@ from flashvsr_kernels import _triton, conv3x3_triton, reference
 from tests import interpreter
 from tests.error_rule import check
 from tests.other_work import changed, with_and_without_others
+from tests.replayed import check_replays
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -189,20 +190,9 @@ def test_same_bits_500_times(shape, others):
 
 @pytest.mark.gpu
 def test_graph():
-    """What was captured is replayed for other values in the same memory."""
     call, folded = make("cuda", 2, 20, 30, 64, 64), make_folded("cuda", 2, 20, 30, 64, 64)
-
-    def launch():
-        return conv3x3_triton.conv3x3(*call), conv3x3_triton.upsample_conv(*folded)
-    launch()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = launch()
-    for _ in range(3):
-        for x in (*call[:5], *folded[:2]):
-            x.normal_()
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(captured, launch()))
+    check_replays(lambda: (conv3x3_triton.conv3x3(*call), conv3x3_triton.upsample_conv(*folded)),
+                  (*call[:5], *folded[:2]))
 
 
 @pytest.mark.gpu
