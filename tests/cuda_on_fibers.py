@@ -14,14 +14,15 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 
 
-def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctypes.CDLL:
-    """csrc/cuda/source as a library, with plant's first text replaced by its second.
+def build(source: str, folder: Path, *plants: tuple[str, str]) -> ctypes.CDLL:
+    """csrc/cuda/source as a library, with each plant's first text replaced by its second.
 
     Its fibers_are_late(bool) says when copies arrive.
     """
-    text, (right, wrong) = (CSRC / "cuda" / source).read_text(), plant
-    assert text.count(right) == 1 or not right, f"{right!r} is not once in {source}"
-    text = text.replace(right, wrong) if right else text
+    text = (CSRC / "cuda" / source).read_text()
+    for right, wrong in plants:
+        assert text.count(right) == 1, f"{right!r} is not once in {source}"
+        text = text.replace(right, wrong)
     text = text.replace("#include <cuda_runtime.h>", "").replace('#include "ptx.h"', '#include "cuda_on_fibers.h"')
     text = re.sub(r"extern __shared__ .*? shared\[\];", "", text)
     text, launches = re.subn(r"(\w+)<<<(\w+), (\w+), (\w+), \w+>>>\((\w+)\);",
@@ -30,6 +31,6 @@ def build(source: str, folder: Path, plant: tuple[str, str] = ("", "")) -> ctype
     text += "\nextern \"C\" void fibers_are_late(bool late) { fibers::late = late; }\n"
     (folder / "kernel.cpp").write_text(text)
     include = [f"-I{CSRC / 'cuda'}", f"-I{Path(__file__).parent}"]
-    subprocess.run([CXX, "-O2", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include,
+    subprocess.run([CXX, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *include,
                     folder / "kernel.cpp", "-o", folder / "kernel.so"], check=True)
     return ctypes.CDLL(str(folder / "kernel.so"))

@@ -1,11 +1,12 @@
 // 3x3 convolutions of NHWC pictures for sm_80 and newer, and growth, enlargement by two and a convolution as one of
 // 2x2 taps: implicit products with cp.async, ldmatrix and mma.sync, bf16 or fp16 with fp32 sums.
 //
-// A thread block makes 16 x 16 pixels of 64 or 128 channels, a warp 4 or 2 rows of them and 64 channels: of 4 rows 32
-// products need 8 ldmatrix. Of 32 input channels at a time the pixels with their border come to shared memory once for
-// all taps, the next 32 meanwhile; weights come tap after tap through a ring of four slots: one in use, three ahead.
-// What lies outside the picture, and channels that are not there, are zeros in shared memory, never in global memory.
-// Results leave through shared memory, where their residual has come in, to be read and written in whole lines.
+// A thread block of 4 or 8 warps makes 16 x 16 pixels of 64 or 128 channels, a warp 4 rows of them and 64 channels,
+// where 8 ldmatrix feed 32 products. Of 32 input channels at a time the pixels with their border come to shared memory
+// once for all taps, the next 32 meanwhile; weights come tap after tap through a ring of slots. Taps are unrolled, so
+// that what ldmatrix reads differs from tap to tap by constants. What lies outside the picture, and channels that are
+// not there, are zeros in shared memory, never in global memory. Results leave through shared memory, where their
+// residual has come in, to be read and written in whole lines.
 #include <cuda_runtime.h>
 
 #include "conv3x3.h"
@@ -15,43 +16,44 @@ namespace {
 
 using namespace flashvsr;
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRows = 16, kColumns = 16;           // pixels of a tile; a warp multiplies whole rows of it
-constexpr int kDepth = 32, kChunk = 8;             // input channels of a step; elements in 16 bytes
-constexpr int kLineBytes = kDepth * 2;             // of a pixel, or of an output channel's weights
-constexpr int kLines = kThreads * kChunk / kDepth;  // that all threads together copy
-constexpr int kSlots = 4;
+constexpr int kRows = 16, kColumns = 16;  // pixels of a tile
+constexpr int kTileRows = 4;              // of a warp
+constexpr int kDepth = 32, kChunk = 8;    // input channels at a time; elements in 16 bytes
+// Of a pixel, or of an output channel's weights, and 16 between: so ldmatrix reads 8 lines without conflict.
+constexpr int kLineBytes = kDepth * 2 + 16;
 
 // kSide: taps in each direction, 3, or 2 to enlarge    kHalves: 64 output channels each
 template <int kSide>
 constexpr int kPatchColumns = kColumns + kSide - 1;
 template <int kSide>
 constexpr int kPatch = (kRows + kSide - 1) * kPatchColumns<kSide>;  // pixels
+template <int kSide>
+constexpr int kSlots = kSide == 3 ? 3 : 4;  // of weights: divides the taps, which so know their slot
+template <int kHalves>
+constexpr int kThreads = kHalves * kRows / kTileRows * 32;
 template <int kHalves>
 constexpr int kSlotBytes = 64 * kHalves * kLineBytes;
 template <int kHalves>
 constexpr int kTileBytes = kRows * kColumns * 64 * kHalves * 2;  // of results
 template <int kSide, int kHalves>
-constexpr int kSourceBytes = 2 * kPatch<kSide> * kLineBytes + kSlots * kSlotBytes<kHalves>;
+constexpr int kSourceBytes = 2 * kPatch<kSide> * kLineBytes + kSlots<kSide> * kSlotBytes<kHalves>;
 template <int kSide, int kHalves>
 constexpr int kSharedBytes = kSourceBytes<kSide, kHalves> > kTileBytes<kHalves> ? kSourceBytes<kSide, kHalves>
                                                                                  : kTileBytes<kHalves>;
-static_assert(kSharedBytes<3, 2> <= 99 * 1024, "sm_86, 89 and 120 give a block no more");
+static_assert(kSharedBytes<3, 2> <= 99 * 1024 && kSharedBytes<2, 2> <= 99 * 1024,
+              "sm_86, 89 and 120 give a block no more");
 
-// Lines of 32 elements in chunks of 16 bytes, permuted so that ldmatrix reads 8 consecutive lines without conflict.
-__device__ inline uint32_t chunk_at(uint32_t lines, int line, int chunk) {
-  return lines + line * kLineBytes + ((chunk ^ (line / 2 & 3)) * 16);
-}
-
-// One that makes two halves needs the registers of a whole multiprocessor, of one half two share it.
 template <bool kBf16, int kSide, int kHalves>
-__global__ void __launch_bounds__(kThreads, 3 - kHalves) conv3x3(const __grid_constant__ Conv3x3Params p) {
+__global__ void __launch_bounds__(kThreads<kHalves>) conv3x3(const __grid_constant__ Conv3x3Params p) {
   constexpr int kTaps = kSide * kSide, kOutputs = 64 * kHalves;
-  constexpr int kTileRows = kRows / (kWarps / kHalves);  // of a warp
-  constexpr int kPatchLoads = (kPatch<kSide> + kLines - 1) / kLines;
+  constexpr int kLines = kThreads<kHalves> * kChunk / kDepth;  // that all threads together copy
+  constexpr int kAhead = kSlots<kSide> - 1, kPatchBytes = kPatch<kSide> * kLineBytes;
+  constexpr int kLoads = (kPatch<kSide> + kLines - 1) / kLines;  // of a thread, for a patch
+  // The next patch must be in groups that its first tap waits for.
+  constexpr int kTapsWithLoads = kTaps - kAhead + 1, kLoadsOfTap = (kLoads + kTapsWithLoads - 1) / kTapsWithLoads;
   extern __shared__ __align__(256) uint8_t shared[];
   const uint32_t patches = uint32_t(__cvta_generic_to_shared(shared));
-  const uint32_t slots = patches + 2 * kPatch<kSide> * kLineBytes;
+  const uint32_t slots = patches + 2 * kPatchBytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // A set of weights makes each pixel of a picture once: to enlarge one for each step and phase. Blocks that read the
   // same pixels follow one another.
@@ -65,43 +67,45 @@ __global__ void __launch_bounds__(kThreads, 3 - kHalves) conv3x3(const __grid_co
   // A thread copies the same chunk of lines that lie kLines apart.
   auto own_line = [] { return thread_index() / (kDepth / kChunk); };
   auto own_chunk = [] { return thread_index() % (kDepth / kChunk); };
-  auto copy_patch = [&](int block) {
+  auto own_place = [&] { return own_line() * kLineBytes + own_chunk() * 16; };
+  auto copy_pixel = [&](int block, int i) {
     const bool past = block >= blocks;
-    const int line = own_line(), chunk = own_chunk();
-    const int channel = (past ? block - blocks : block) * kDepth + chunk * kChunk;
-    const auto* from = static_cast<const uint16_t*>(past ? p.past : p.x) + picture * p.height * p.width * C;
-    const uint32_t to = patches + block % 2 * kPatch<kSide> * kLineBytes;
-#pragma unroll
-    for (int i = 0; i < kPatchLoads; ++i) {
-      const int pixel = line + i * kLines;
-      const int64_t y = tile_y + pixel / kPatchColumns<kSide> - 1 + phase_y;
-      const int64_t x = tile_x + pixel % kPatchColumns<kSide> - 1 + phase_x;
-      const bool read = y >= 0 && y < p.height && x >= 0 && x < p.width && channel < C;
-      if (pixel < kPatch<kSide>)
-        copy_chunk(chunk_at(to, pixel, chunk), read ? from + (y * p.width + x) * C + channel : from, read);
-    }
+    const int pixel = own_line() + i * kLines;
+    const int channel = (past ? block - blocks : block) * kDepth + own_chunk() * kChunk;
+    const int64_t y = tile_y + pixel / kPatchColumns<kSide> - 1 + phase_y;
+    const int64_t x = tile_x + pixel % kPatchColumns<kSide> - 1 + phase_x;
+    const bool read = y >= 0 && y < p.height && x >= 0 && x < p.width && channel < C;
+    const auto* from = static_cast<const uint16_t*>(past ? p.past : p.x);
+    from += read ? ((picture * p.height + y) * p.width + x) * C + channel : 0;
+    if ((i + 1) * kLines <= kPatch<kSide> || pixel < kPatch<kSide>)
+      copy_chunk(patches + block % 2 * kPatchBytes + own_place() + i * kLines * kLineBytes, from, read);
   };
-  const int inputs = p.past ? 2 * C : C;
-  auto copy_weights = [&](int block, int tap, uint32_t to) {
+  const int64_t inputs = p.past ? 2 * C : C;
+  const uint16_t* weights;  // that this thread copies next
+  bool has_channel;
+  auto begin_weights = [&](int block) {
     const bool past = block >= blocks;
-    const int line = own_line(), chunk = own_chunk();
-    const int channel = (past ? block - blocks : block) * kDepth + chunk * kChunk;
-    const auto* from = static_cast<const uint16_t*>(p.weight);
+    const int channel = (past ? block - blocks : block) * kDepth + own_chunk() * kChunk;
+    has_channel = channel < C;
+    weights = static_cast<const uint16_t*>(p.weight) +
+              (int64_t(set) * p.outputs + first + own_line()) * kTaps * inputs + (past ? C : 0) + channel;
+  };
+  auto copy_weights = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < kOutputs / kLines; ++i) {
-      const int output = first + line + i * kLines;
-      const bool read = output < p.outputs && channel < C;
-      const int64_t row = (int64_t(set) * p.outputs + output) * kTaps + tap;
-      copy_chunk(chunk_at(to, line + i * kLines, chunk),
-                 read ? from + row * inputs + (past ? C : 0) + channel : from, read);
+      const bool read = has_channel && first + own_line() + i * kLines < p.outputs;
+      copy_chunk(slots + slot * kSlotBytes<kHalves> + own_place() + i * kLines * kLineBytes,
+                 read ? weights + i * kLines * kTaps * inputs : static_cast<const uint16_t*>(p.weight), read);
     }
+    weights += inputs;
   };
-  auto slot_of = [&](int step) { return slots + step % kSlots * kSlotBytes<kHalves>; };
 
-  copy_patch(0);
 #pragma unroll
-  for (int step = 0; step < kSlots - 1; ++step) {
-    copy_weights(0, step, slot_of(step));
+  for (int i = 0; i < kLoads; ++i) copy_pixel(0, i);
+  begin_weights(0);
+#pragma unroll
+  for (int tap = 0; tap < kAhead; ++tap) {
+    copy_weights(tap);
     end_copy_group();
   }
 
@@ -118,48 +122,52 @@ __global__ void __launch_bounds__(kThreads, 3 - kHalves) conv3x3(const __grid_co
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum[t][n][j] = bias[j % 2];
   }
-  for (int block = 0, step = 0; block < all; ++block) {
-    const uint32_t patch = patches + block % 2 * kPatch<kSide> * kLineBytes;
-#pragma unroll 1
-    for (int tap = 0; tap < kTaps; ++tap, ++step) {
-      wait_for_copies<kSlots - 2>();
-      __syncthreads();  // this step's are here for every warp, and every warp is done with the step before
-      const int ahead = tap + kSlots - 1, later = ahead < kTaps ? ahead : ahead - kTaps;
-      const int its_block = ahead < kTaps ? block : block + 1;
-      if (its_block < all) copy_weights(its_block, later, slot_of(step + kSlots - 1));
-      if (tap == 0 && block + 1 < all) copy_patch(block + 1);
-      end_copy_group();
-
-      uint32_t a_at[kTileRows];
+  const uint32_t a_at = patches + (row * kPatchColumns<kSide> + lane % 16) * kLineBytes + lane / 16 * 16;
+  const uint32_t b_at = slots + (half + lane % 8 + lane / 16 * 8) * kLineBytes + lane / 8 % 2 * 16;
+  for (int block = 0; block < all; ++block) {
+    const uint32_t patch_at = a_at + block % 2 * kPatchBytes;
 #pragma unroll
-      for (int t = 0; t < kTileRows; ++t)
-        a_at[t] = chunk_at(patch, (row + t + tap / kSide) * kPatchColumns<kSide> + tap % kSide + lane % 16, lane / 16);
-      const uint32_t b_at = chunk_at(slot_of(step), half + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    for (int tap = 0; tap < kTaps; ++tap) {
+      wait_for_copies<kAhead - 1>();
+      __syncthreads();  // this tap's are here for every warp, and every warp is done with the tap before
+      const uint32_t tap_at = patch_at + (tap / kSide * kPatchColumns<kSide> + tap % kSide) * kLineBytes;
+      const uint32_t slot_at = b_at + tap % kSlots<kSide> * kSlotBytes<kHalves>;
 #pragma unroll
       for (int k = 0; k < kDepth; k += 16) {
         uint32_t a[kTileRows][4], b[4];
 #pragma unroll
-        for (int t = 0; t < kTileRows; ++t) load_matrices(a[t], a_at[t] ^ (k * 2));
+        for (int t = 0; t < kTileRows; ++t)
+          load_matrices(a[t], tap_at + t * kPatchColumns<kSide> * kLineBytes + k * 2);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
-          load_matrices(b, (b_at ^ (k * 2)) + n * 8 * kLineBytes);
+          load_matrices(b, slot_at + n * 8 * kLineBytes + k * 2);
 #pragma unroll
           for (int t = 0; t < kTileRows; ++t) {
             multiply_add<kBf16>(sum[t][n], a[t], b[0], b[1]);
             multiply_add<kBf16>(sum[t][n + 1], a[t], b[2], b[3]);
           }
         }
+        if (k > 0) continue;
+        // While the tensor cores are busy: what is needed kAhead taps later, and a part of the next patch.
+        const bool more = block + 1 < all;
+        if (tap + kAhead == kTaps) begin_weights(block + 1);
+        if (tap + kAhead < kTaps || more) copy_weights((tap + kAhead) % kSlots<kSide>);
+        if (more)
+#pragma unroll
+          for (int i = tap * kLoadsOfTap; i < (tap + 1) * kLoadsOfTap && i < kLoads; ++i) copy_pixel(block + 1, i);
+        end_copy_group();
       }
     }
   }
 
-  // Results take the place of pixels and weights: a line of chunks for each pixel, permuted as above.
+  // Results take the place of pixels and weights: a line of chunks for each pixel, permuted so that 8 lines are
+  // written without conflict.
   constexpr int kScale = kSide == 2 ? 2 : 1, kChunks = kOutputs / kChunk;
   const int64_t out_picture = kSide == 2 ? picture * p.steps + set / 4 : picture;
   auto place = [](int pixel, int chunk) { return pixel * kOutputs * 2 + ((chunk ^ (pixel & 7)) * 16); };
   auto for_own_chunks = [&](auto move) {  // of the tile: place there, and of the result's first element
 #pragma unroll 4
-    for (int i = thread_index(); i < kRows * kColumns * kChunks; i += kThreads) {
+    for (int i = thread_index(); i < kRows * kColumns * kChunks; i += kThreads<kHalves>) {
       const int pixel = i / kChunks, chunk = i % kChunks, output = first + chunk * kChunk;
       const int y = tile_y + pixel / kColumns, x = tile_x + pixel % kColumns;
       if (y < p.height && x < p.width && output < p.outputs)
@@ -203,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 3 - kHalves) conv3x3(const __grid_co
 template <bool kBf16, int kSide, int kHalves>
 cudaError_t launch(const Conv3x3Params& p, cudaStream_t stream) {
   const auto kernel = conv3x3<kBf16, kSide, kHalves>;
-  constexpr int kBytes = kSharedBytes<kSide, kHalves>;
+  constexpr int kBlock = kThreads<kHalves>, kBytes = kSharedBytes<kSide, kHalves>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -212,7 +220,7 @@ cudaError_t launch(const Conv3x3Params& p, cudaStream_t stream) {
   const int64_t across = (p.width + kColumns - 1) / kColumns, groups = (p.outputs + 64 * kHalves - 1) / (64 * kHalves);
   const dim3 grid(unsigned(across * groups * (kSide == 2 ? 4 * p.steps : 1)), unsigned((p.height + kRows - 1) / kRows),
                   unsigned(p.pictures));
-  kernel<<<grid, kThreads, kBytes, stream>>>(p);
+  kernel<<<grid, kBlock, kBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
