@@ -4,12 +4,13 @@
 
 An op's own launcher runs on meta tensors (shapes without memory), and what it launches is compiled, not run:
 signature, constants, divisibility, warps and stages are those of the real call, whatever becomes of it. Each
-architecture has a process of its own, as LLVM aborts on code that it cannot translate.
+architecture has processes of its own, as LLVM aborts on code that it cannot translate.
 """
 import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ import torch
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 REGISTERS = 65_536   # of a multiprocessor, so of a thread block
 TENSOR_MEMORY = 512  # columns of a multiprocessor
+MOST_PARTS = 8       # of an architecture's launches, each of which has a process that imports torch
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync.aligned.m",
                 "tma": "cp.async.bulk.tensor", "cp.async": "cp.async.c"}  # and how the PTX has them
 
@@ -86,16 +88,20 @@ class Failure:
 
 def compiled(archs: list[int],
              source: str = "flashvsr_kernels.aot_launches:launches") -> list[Kernel | Failure]:
-    """What came of each launch on each architecture; as many architectures at a time as there are processors.
+    """What came of each launch on each architecture; as many processes at a time as there are processors.
 
     archs: keys of SHARED    source: "module:function" that yields what to launch, as launches does
     """
+    parts = min(MOST_PARTS, max(1, os.cpu_count() // len(archs)))
+    jobs = [(arch, part) for arch in archs for part in range(parts)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return sum(pool.map(lambda arch: _in_a_process(arch, source), archs), [])
+        return sum(pool.map(lambda job: _in_a_process(*job, parts, source), jobs), [])
 
 
-def _in_a_process(arch: int, source: str) -> list[Kernel | Failure]:
-    command = [sys.executable, "-m", "flashvsr_kernels.aot", "--worker", source, "--arch", str(arch)]
+def _in_a_process(arch: int, part: int, parts: int, source: str) -> list[Kernel | Failure]:
+    """What came of each parts-th launch, from number part on."""
+    command = [sys.executable, "-m", "flashvsr_kernels.aot", "--worker", source, str(part), str(parts),
+               "--arch", str(arch)]
     told = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     found, launch = [], "start"
@@ -111,12 +117,13 @@ def _in_a_process(arch: int, source: str) -> list[Kernel | Failure]:
     return found
 
 
-def _worker(arch: int, source: str) -> None:
+def _worker(arch: int, source: str, part: int, parts: int) -> None:
     """Prints a line of JSON for each launch that is begun, each kernel and each failure."""
     module, function = source.split(":")
+    launches = getattr(importlib.import_module(module), function)
     with tempfile.TemporaryDirectory() as cache:
         made = _compile_instead_of_launching(arch, cache)
-        for launch, call in getattr(importlib.import_module(module), function)(arch):
+        for launch, call in itertools.islice(launches(arch), part, None, parts):
             print(json.dumps({"launch": launch}), flush=True)
             made.clear()
             message = None
@@ -204,10 +211,11 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m flashvsr_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--json", action="store_true", help="all that is known of each kernel")
-    parser.add_argument("--worker", metavar="MODULE:FUNCTION", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # source, part, parts
     given = parser.parse_args()
     if given.worker:
-        _worker(given.arch[0], given.worker)
+        source, *part = given.worker
+        _worker(given.arch[0], source, *map(int, part))
         return 0
     found = compiled(given.arch)
     print(json.dumps([asdict(one) for one in found], indent=1) if given.json else "\n".join(_table(found)))

@@ -82,15 +82,18 @@ def test_real_launches_are_the_compiled_ones(found, tmp_path):
     if arch not in aot.SHARED:
         pytest.skip(f"sm_{arch} is not one that is compiled for")
     program = f"""if True:
-        import torch, triton
+        import itertools, sys, torch, triton
         from flashvsr_kernels import aot_launches
-        triton.knobs.cache.dir = {str(tmp_path)!r}
+        part, parts = map(int, sys.argv[1:])
+        triton.knobs.cache.dir = f"{tmp_path}/{{part}}"
         aot_launches.meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype, device="cuda")
-        for _, call in aot_launches.launches({arch}):
+        for _, call in itertools.islice(aot_launches.launches({arch}), part, None, parts):
             call()
         torch.cuda.synchronize()"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")]
+    parts = min(aot.MOST_PARTS, os.cpu_count())
+    running = [subprocess.Popen([sys.executable, "-c", program, str(part), str(parts)]) for part in range(parts)]
+    assert [one.wait() for one in running] == [0] * parts
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/*.json")]
     launched = {entry["hash"] for entry in kept if "hash" in entry}
     assert launched and launched == {kernel.hash for kernel in kernels(found, arch)}
 
@@ -115,7 +118,8 @@ def bad_launches(arch):
     yield "never", lambda: None
 
 
-def test_the_gates_can_fail():
+def test_the_gates_can_fail(monkeypatch):
+    monkeypatch.setattr(aot, "MOST_PARTS", 1)
     greedy, *failures = aot.compiled([90], "tests.test_aot:bad_launches")
     spills, shared, serialized = greedy.problems()
     assert spills.startswith("_greedy spills: ") and "bytes of shared memory, of 232448" in shared
@@ -125,6 +129,25 @@ def test_the_gates_can_fail():
     assert failures[1].message.startswith("test_aot.py:")
     assert failures[1].message.endswith("missing 1 required positional argument: 'N'")
     assert failures[2].message.startswith("SIGABRT")
+
+
+@triton.jit
+def _copy(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at))
+
+
+def small_launches(arch):
+    x = torch.empty(1024, dtype=torch.bfloat16, device="meta")
+    for N in 128, 256, 512, 1024:
+        yield f"copy {N}", lambda: _copy[(1,)](x, x, N=N)
+
+
+def test_processes_share_the_launches(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    found = aot.compiled([80], "tests.test_aot:small_launches")
+    assert [one.launch for one in found] == ["copy 128", "copy 1024", "copy 256", "copy 512"]
+    assert len({one.hash for one in found}) == 4 and not any(one.problems() for one in found)
 
 
 GOOD = aot.Kernel(90, "forward", "kernel", 384, 168, 0, 0, 232_448, 512, ("wgmma",), False, 1.0, "")
