@@ -181,8 +181,9 @@ class Plan:
 
 
 def gencode(arch):
+    # The kernels use what sm_80 has: their PTX is made once, and machine code for each architecture from it.
     number, _, ptx = arch.partition("+")
-    return f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"
+    return f"-gencode=arch=compute_{number if ptx else 80},code={'compute' if ptx else 'sm'}_{number}"
 
 
 def object_file(source, command, plan):

@@ -124,12 +124,12 @@ void launch(Conv3x3Params p, const Tensor& x, std::initializer_list<const Tensor
     STD_TORCH_CHECK(y == nullptr || (y->is_cuda() && y->get_device_index() == device), "all must be on x's device");
   for (const void* at : {p.x, p.past, p.weight, p.bias, p.residual, out.const_data_ptr()})
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % 16 == 0, "tensors must begin at a multiple of 16 bytes");
-  STD_TORCH_CHECK(p.height * p.width <= std::numeric_limits<int>::max(), "a picture must have less than 2^31 pixels");
-  // Blocks of the launch, of which there may be so many: across and by channels, down, and by pictures.
-  STD_TORCH_CHECK((p.width / 16 + 1) * sets * (p.outputs / 64 + 1) <= std::numeric_limits<int>::max(),
-                  "width, steps and output channels are too many at once: ", p.width, ", ", p.steps, ", ", p.outputs);
-  STD_TORCH_CHECK(p.height <= 65535 * 16, "a picture must have at most 1048560 rows, has ", p.height);
-  STD_TORCH_CHECK(p.pictures <= 65535, "there must be at most 65535 pictures, got ", p.pictures);
+  // Blocks of the launch, of which there may be so many across, down, and of pictures; places in int32.
+  STD_TORCH_CHECK(p.pictures <= 65535 && p.height <= 65535 * 16 &&
+                      p.height * p.width <= std::numeric_limits<int>::max() &&
+                      (p.width / 16 + 1) * (p.outputs / 64 + 1) * sets <= std::numeric_limits<int>::max(),
+                  "pictures are too many or too large: ", p.pictures, " of ", p.height, " by ", p.width, ", ",
+                  p.outputs, " output channels");
   p.out = out.mutable_data_ptr();
   if (p.pictures * p.height * p.width == 0) return;
   void* stream = flashvsr::current_stream(device);

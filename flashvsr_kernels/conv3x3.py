@@ -221,8 +221,10 @@ def _cuda_supports(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | N
         return f"channels must be multiples of 8, are {C} and {O}"
     if any(y is not None and y.data_ptr() % 16 for y in (x, weight, *others)):
         return "tensors must begin at a multiple of 16 bytes"
-    if len(x) * (1 if weight.ndim == 4 else 4 * len(weight)) > 65535 or x.shape[1] * x.shape[2] >= 2 ** 31:
-        return f"x has too many pictures or pixels for it: {tuple(x.shape)}"
+    N, H, W, _ = x.shape
+    across = (W // 16 + 1) * (O // 64 + 1) * (1 if weight.ndim == 4 else 4 * len(weight))
+    if N > 65535 or H > 65535 * 16 or H * W >= 2 ** 31 or across >= 2 ** 31:  # blocks of a launch, and places in int32
+        return f"pictures are too many or too large for it: x is {tuple(x.shape)}, output channels are {O}"
     return None
 
 

@@ -139,15 +139,15 @@ def _copy(x, y, N: tl.constexpr):
 
 def small_launches(arch):
     x = torch.empty(1024, dtype=torch.bfloat16, device="meta")
-    for N in 128, 256, 512, 1024:
+    for N in 128, 256, 512:
         yield f"copy {N}", lambda: _copy[(1,)](x, x, N=N)
 
 
 def test_processes_share_the_launches(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     found = aot.compiled([80], "tests.test_aot:small_launches")
-    assert [one.launch for one in found] == ["copy 128", "copy 1024", "copy 256", "copy 512"]
-    assert len({one.hash for one in found}) == 4 and not any(one.problems() for one in found)
+    assert [one.launch for one in found] == ["copy 128", "copy 512", "copy 256"]
+    assert len({one.hash for one in found}) == 3 and not any(one.problems() for one in found)
 
 
 GOOD = aot.Kernel(90, "forward", "kernel", 384, 168, 0, 0, 232_448, 512, ("wgmma",), False, 1.0, "")

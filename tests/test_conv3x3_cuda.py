@@ -209,7 +209,8 @@ def test_into_memory_that_is_given():
 @pytest.mark.parametrize("change, reason", [
     (lambda x: x[..., :60].contiguous(), "channels must be multiples of 8, are 60 and 64"),
     (lambda x: among(0, x, 4097), "tensors must begin at a multiple of 16 bytes"),
-    (lambda x: x.float(), "has no torch.float32")], ids=["channels", "address", "dtype"])
+    (lambda x: x.new_zeros(65536, 1, 1, 64), "pictures are too many or too large for it"),
+    (lambda x: x.float(), "has no torch.float32")], ids=["channels", "address", "pictures", "dtype"])
 def test_what_it_cannot_run_has_its_reason(change, reason):
     x = change(make("cuda", 1, 4, 4, 64, 64, past=False)[0])
     weight = x.new_zeros(64, x.shape[3], 3, 3).contiguous(memory_format=torch.channels_last)

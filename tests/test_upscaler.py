@@ -118,18 +118,25 @@ def test_rebased_positions_give_the_same_stream():
     torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 
-def test_chunk_600():
+def test_chunk_600(monkeypatch):
     """Past the official table's end (chunk 510), in constant memory, and still the function it was at chunk
-    100.
+    100. The decoder, which does not know the time, runs for the chunks that are looked at and three before.
     """
     upscaler = make(num_layers=1, color="none")
     state = upscaler.new_state(16, 16, out_dtype=torch.float32)
-    before, loop = state.memory(), clip(8, 16, 16)
+    before, loop, decode = state.memory(), clip(8, 16, 16), upscaler.decoder.forward
+    looked_at = 100, 505, 506, 507, 600
+
+    def seldom(latent, cond, memory, box):
+        if any(0 <= chunk - state.chunk <= 3 for chunk in looked_at):
+            return decode(latent, cond, memory, box)
+        return [(torch.full((1, 64, 64, 3), float("nan")), None)] * 4
+    monkeypatch.setattr(upscaler.decoder, "forward", seldom)
     upscaler.push(state, loop.repeat(4, 1, 1, 1)[:25].roll(-7, 0))
     seen = {}
     for chunk in range(1, 601):
         out = upscaler.push(state, loop)
-        if chunk in (100, 505, 506, 507, 600):
+        if chunk in looked_at:
             seen[chunk] = out
     assert (state.chunk == 601
             and state.memory() == before == sum(StreamState.plan(upscaler.config, 16, 16).values()))
