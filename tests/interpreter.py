@@ -7,9 +7,12 @@ arithmetic on it are right; reductions and functions of bf16 are still wrong: ke
 from functools import cache
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from flashvsr_kernels import _triton
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
@@ -59,3 +62,14 @@ def repair() -> None:
 
     interpreter._patch_lang_tensor, interpreter._convert_float = patch_tensor, convert_float
     InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = create_dot, binary_op
+
+
+@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
+                                        pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a Triton kernel runs: interpreted, on CPU tensors, or on a GPU."""
+    if request.param == "cpu":
+        repair()
+    elif _triton.available() is not None:
+        pytest.skip(_triton.available())
+    return request.param

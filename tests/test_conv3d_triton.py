@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, conv3d_triton, reference
-from tests import interpreter
+from flashvsr_kernels import conv3d_triton, reference
 from tests.error_rule import check
+from tests.interpreter import device  # noqa: F401: a fixture
 from tests.other_work import changed, with_and_without_others
 
 NAN = float("nan")
@@ -17,16 +17,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # B, T, H, W, C, O
 SHAPES = {"whole tiles": (1, 4, 8, 16, 64, 128), "partial tiles": (2, 2, 7, 11, 40, 96),
           "one pixel": (1, 2, 1, 1, 8, 8), "odd": (1, 2, 5, 3, 7, 5), "wide": (1, 2, 2, 70, 32, 300)}
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 def make(device, B=1, T=4, H=4, W=5, C=24, O=40, dtype=torch.bfloat16, context=True, norm=True):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, conv3x3_triton, reference
-from tests import interpreter
+from flashvsr_kernels import conv3x3_triton, reference
 from tests.error_rule import check
+from tests.interpreter import device  # noqa: F401: a fixture
 from tests.other_work import changed, with_and_without_others
 from tests.replayed import check_replays
 
@@ -23,16 +23,6 @@ SHAPES = {"whole tiles": (2, 16, 16, 64, 64), "odd": (2, 5, 7, 48, 20), "one pix
 REAL = {"A": (1, 768, 1408, 128, 128), "B": (4, 384, 704, 128, 128), "C": (2, 192, 352, 256, 256),
         "D": (2, 96, 176, 512, 512), "first": (2, 96, 176, 784, 512), "compact": (2, 360, 640, 16, 16)}
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 def random(device, dtype, *shape, scale=1.0):

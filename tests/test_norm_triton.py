@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, gated_add_norm, layer_norm_modulate, norm, norm_triton, reference, rms_norm
-from tests import interpreter
+from flashvsr_kernels import gated_add_norm, layer_norm_modulate, norm, norm_triton, reference, rms_norm
 from tests.error_rule import check
+from tests.interpreter import device  # noqa: F401: a fixture
 from tests.replayed import check_replays
 
 NAN = float("nan")
@@ -18,16 +18,6 @@ SHAPES = {"official": (3, 1536), "compact": (2, 9, 128), "three batches": (3, 5,
           "wide": (2, 5000), "33 rows": (33, 96)}
 REAL = {"official": (1, 8448, 1536), "first chunk": (1, 25344, 1536), "compact": (1, 7680, 128), "odd": (1, 8447, 1530)}
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 def calls(device, dtype, *shape):

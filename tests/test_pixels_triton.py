@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, adain_uint8, enlarge, pixels_triton, reference, rgb_conv
-from tests import interpreter
+from flashvsr_kernels import adain_uint8, enlarge, pixels_triton, reference, rgb_conv
+from tests.interpreter import device  # noqa: F401: a fixture
 from tests.other_work import changed, with_and_without_others
 from tests.test_pixels import (PICTURES, RANGES, SIZES, UNSHUFFLED, check_enlarged, check_matched, check_rgb,
                                check_unshuffled, unshuffled_frames)
@@ -16,16 +16,6 @@ from tests.test_pixels import (PICTURES, RANGES, SIZES, UNSHUFFLED, check_enlarg
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import torch
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, qk_norm_rope, qkv_norm_rope, reference, rope_table, rope_triton
-from tests import interpreter
+from flashvsr_kernels import qk_norm_rope, qkv_norm_rope, reference, rope_table, rope_triton
 from tests.error_rule import check
+from tests.interpreter import device  # noqa: F401: a fixture
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -16,16 +16,6 @@ SIZES = {"compact": (1, 2, 64, (2, 8, 16)), "official's heads": (1, 12, 128, (2,
 REAL = {"official": (1, 12, 128, (2, 48, 88)), "first chunk": (1, 12, 128, (6, 48, 88)),
         "compact": (1, 2, 64, (2, 48, 80))}
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import _triton, sparse_attn_triton
-from tests import interpreter
+from flashvsr_kernels import sparse_attn_triton
 from tests.error_rule import check_attention
+from tests.interpreter import device  # noqa: F401: a fixture
 from tests.other_work import changed, with_and_without_others
 
 NAN = float("nan")
@@ -20,16 +20,6 @@ SHAPES = {"whole blocks": (256, 384, 128), "partial blocks": (300, 515, 128), "o
           "one": (1, 1, 64), "few queries": (9, 700, 128), "33 keys": (70, 33, 128), "64 keys": (70, 64, 128),
           "65 keys": (70, 65, 128), "320 keys": (130, 320, 64)}
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.interpret),
-                                        pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu":
-        interpreter.repair()
-    elif _triton.available() is not None:
-        pytest.skip(_triton.available())
-    return request.param
 
 
 def make(device, Lq=300, Lk=300, D=64, dtype=torch.bfloat16, B=1, H=2, density=0.6, seed=0):
