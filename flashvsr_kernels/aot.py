@@ -45,6 +45,7 @@ class Kernel:
     instructions: those keys of INSTRUCTIONS that the PTX has
     serialized: ptxas says that each wgmma waits for the one before
     hash: Triton's, under which it would keep the kernel
+    barriers: where in shared memory the mbarriers lie that it initialises, in bytes
     """
     arch: int
     launch: str
@@ -59,6 +60,7 @@ class Kernel:
     serialized: bool
     seconds: float
     hash: str
+    barriers: tuple[int, ...] = ()
 
     def problems(self) -> list[str]:
         """Why this kernel could not be launched or would be slow; empty if all is well."""
@@ -110,7 +112,7 @@ def _in_a_process(arch: int, part: int, parts: int, source: str) -> list[Kernel 
         if "message" in line:
             found.append(Failure(**line))
         elif "name" in line:
-            found.append(Kernel(**line | {"instructions": tuple(line["instructions"])}))
+            found.append(Kernel(**line | {key: tuple(line[key]) for key in ("instructions", "barriers")}))
     if told.returncode:
         cause = signal.Signals(-told.returncode).name if told.returncode < 0 else f"exit {told.returncode}"
         found.append(Failure(arch, launch, f"{cause}: {' '.join(told.stderr.splitlines()[-3:])}"))
@@ -182,9 +184,13 @@ def _facts(kernel: object, log: str, seconds: float) -> tuple:
     stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, "
                                      r"(\d+) bytes spill loads", log).groups()
     used = tuple(name for name, text in INSTRUCTIONS.items() if text in ptx)
+    bases = re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx)
+    sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx)
+    places = {base: 0 for base in bases} | {to: int(offset) for to, base, offset in sums if base in bases}
+    barriers = tuple(places[register] for register in re.findall(r"mbarrier\.init\S+ \[(%r\d+)\]", ptx))
     return (metadata.name, int(threads), int(registers), int(stack), int(stores) + int(loads),
             metadata.shared, getattr(metadata, "tmem_size", None) or 0, used, "serializ" in log,
-            round(seconds, 2), kernel.hash)
+            round(seconds, 2), kernel.hash, barriers)
 
 
 def _explain(error: BaseException | None) -> str:

@@ -101,9 +101,9 @@ def _pixels(module: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _around_attention(norm: str, rope: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Norms, adds and rotary position: of the official model, of the compact one, and as wide as can be."""
-    for dtype, H, D in ((torch.bfloat16, 12, 128), (torch.float32, 12, 128), (torch.bfloat16, 2, 64),
-                        (torch.bfloat16, 16, 128)):
+    """Norms, adds and rotary position: of the official model, as wide as can be, and of the compact model."""
+    for dtype, H, D in ((torch.bfloat16, 12, 128), (torch.float32, 12, 128), (torch.bfloat16, 16, 128),
+                        (torch.bfloat16, 2, 64)):
         C, side, what = H * D, D // 6, f"{dtype} {H} x {D}"
         x, vector, out = meta(dtype, 1, 8448, C), meta(dtype, C), meta(dtype, 1, 8448, H, D)
         qkv, slot = meta(dtype, 1, 8448, 3 * C), meta(dtype, 1, 4 * 8448, H, D)[:, 8448:2 * 8448]

@@ -16,6 +16,9 @@ from flashvsr_kernels.aot_facts import gate_static, static_facts
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+
+from flashvsr_kernels import conv3x3_hopper
+
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set")
 
 
@@ -62,6 +65,30 @@ def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
     assert {one.name for one in used} == names
     for one in used:
         assert {"wgmma", "tma"} <= set(one.instructions), one
+
+
+# Of each launch's kernels: whether tiles are wide, taps, channels of a block, whether residual, whether head.
+LAYOUTS = {"conv3x3 128 fused": [(False, 3, 128, True, False)], "conv3x3 128 biased": [(True, 3, 128, False, False)],
+           "conv3x3 64 fused": [(False, 3, 64, True, False)], "conv3x3 784 to 512": [(False, 3, 128, False, False)],
+           "conv3x3 512 to 256 enlarged": [(False, 2, 128, False, False)],
+           "rgb_head 128 to 128": [(True, 2, 128, False, False), (True, 3, 128, False, True)],
+           "rgb_head 128 to 64": [(True, 2, 128, False, False), (True, 3, 64, False, True)]}
+
+
+@pytest.mark.parametrize("launch, layouts", LAYOUTS.items(), ids=LAYOUTS.keys())
+def test_no_barrier_lies_where_a_convolution_has_data(found, launch, layouts):
+    """One would if no partition used it: Triton then puts pixels, weights or results there too, and what the barrier
+    leaves could surface.
+    """
+    used = [one for one in kernels(found, 90, f"hopper {launch}") if one.name == "conv3x3_kernel"]
+    for one, (is_wide, side, block, residual, head) in zip(used, layouts, strict=True):
+        chosen = conv3x3_hopper.config(is_wide, side, residual, head)
+        stage = (side + 3) * 72 if is_wide else (side + 15) * 16
+        staging = 2 * 64 * 32 * 4 if head else 2 * 64 * block * 2
+        data = 128 * (chosen["STAGES"] * stage + chosen["SLOTS"] * block)
+        data += chosen["HALVES"] * staging + head * 64 * block
+        assert len(set(one.barriers)) == chosen["STAGES"] + chosen["SLOTS"] + 2 * residual + head
+        assert all(data <= barrier <= one.shared - 8 for barrier in one.barriers)
 
 
 @pytest.mark.parametrize("launch", ["forward", "backward", "conv3x3 128", "conv3x3 784", "conv3d 768"])

@@ -1,12 +1,5 @@
-"""The Gluon convolutions for sm_90 against float64: on a GPU, and their source on a CPU, on threads. Compiled
-without a GPU, they fit, and their barriers share memory with nothing.
-"""
-import json
-import os
+"""The Gluon convolutions for sm_90 against float64: on a GPU, and their source on a CPU, on threads."""
 import re
-import subprocess
-import sys
-import tempfile
 from functools import partial
 from itertools import product
 
@@ -15,8 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import aot, backends, conv3x3, conv3x3_hopper, reference, upsample_conv
-from flashvsr_kernels.aot_launches import meta
+from flashvsr_kernels import backends, conv3x3, conv3x3_hopper, reference, upsample_conv
 from tests.error_rule import check
 from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
@@ -224,73 +216,6 @@ def test_refusals(call, reason):
 
 def test_784_channels_are_supported():
     assert conv3x3_hopper.supports(torch.empty(1, 1, 1, 784), torch.empty(512, 784, 3, 3)) is None
-
-
-def launches():
-    """Of kernels that real shapes need: name, whether wide, taps, channels, whether residual, whether head, call. Those
-    that lay memory out as one of these does are compiled by test_aot.
-    """
-    for name in "A", "A + residual", "B past":
-        N, H, W, C, O, past, residual = REAL[name]
-        x, out = (meta(BF16, N, H, W, channels) for channels in (C, O))
-        weight = meta(BF16, O, 3, 3, 2 * C if past else C).permute(0, 3, 1, 2)
-        yield (name, conv3x3_hopper.prefers_wide(2 * C if past else C, residual), 3, 128, residual, False,
-               partial(conv3x3_hopper.conv3x3, x, weight, meta(BF16, O), x if past else None,
-                       out if residual else None, True))
-    x, weight = meta(FP16, 2, 90, 160, 112), meta(FP16, 64, 3, 3, 224)
-    yield ("112 to 64", False, 3, 64, False, False,
-           partial(conv3x3_hopper.conv3x3, x, weight.permute(0, 3, 1, 2), None, x, None, False))
-    for name in "1", "3":
-        N, H, W, C, O, T = FOLDED[name]
-        x, folded = (meta(FP16, *shape) for shape in ((N, H, W, C), (T, 2, 2, O, 2, 2, C)))
-        yield (f"enlarged {name}", conv3x3_hopper.prefers_wide(C, False), 2, 128, False, False,
-               partial(conv3x3_hopper.upsample_conv, x, folded, True))
-    for E in 128, 64:
-        x, planes = meta(BF16, 1, 768, 1408, 128), meta(torch.float32, 27, 1, 768, 1408)
-        weight, head = (meta(BF16, O, 3, 3, C).permute(0, 3, 1, 2) for O, C in ((E, 128), (3, E)))
-        yield f"head {E}", True, 3, E, False, True, partial(conv3x3_hopper.tap_planes, x, weight, head, planes, 0)
-
-
-def compile_launches():
-    """Prints a line of JSON for each: problems, instructions, bytes of shared memory, barriers' offsets."""
-    facts, kernels = aot._facts, {}
-
-    def keep(kernel, *rest):
-        kernels[kernel.hash] = kernel.asm["ptx"]
-        return facts(kernel, *rest)
-    aot._facts = keep
-    with tempfile.TemporaryDirectory() as cache:
-        made = aot._compile_instead_of_launching(90, cache)
-        for name, *_, call in launches():
-            made.clear()
-            call()
-            (key, found), = made.items()
-            ptx = kernels[key]
-            bases = re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx)
-            sums = re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx)
-            offsets = {register: int(offset) for register, base, offset in sums if base in bases}
-            barriers = [offsets[register] for register in re.findall(r"mbarrier\.init\S+ \[(%r\d+)\]", ptx)]
-            kernel = aot.Kernel(90, name, *found)
-            print(json.dumps([kernel.problems(), kernel.instructions, kernel.shared, barriers]))
-
-
-def test_compiled_without_a_gpu():
-    """Nothing spills or is serialized, and no mbarrier lies where Triton has put pixels, weights or results.
-
-    It would if no partition used it, and what the barrier leaves there could surface.
-    """
-    program = "from tests.test_conv3x3_hopper import compile_launches; compile_launches()"
-    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).stdout
-    for line, (name, is_wide, side, block, residual, head, _) in zip(told.splitlines(), launches(), strict=True):
-        problems, instructions, shared, barriers = json.loads(line)
-        assert not problems and set(instructions) == {"wgmma", "tma"}, name
-        chosen = conv3x3_hopper.config(is_wide, side, residual, head)
-        stage = (side + 3) * 72 if is_wide else (side + 15) * 16
-        staging = 2 * 64 * 32 * 4 if head else 2 * 64 * block * 2
-        data = 128 * (chosen["STAGES"] * stage + chosen["SLOTS"] * block) + chosen["HALVES"] * staging + head * 64 * block
-        assert len(set(barriers)) == chosen["STAGES"] + chosen["SLOTS"] + 2 * residual + head, name
-        assert all(data <= barrier <= shared - 8 for barrier in barriers), name
 
 
 @needs_hopper
