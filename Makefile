@@ -18,7 +18,7 @@ READY := $(VENV)/ready
 # and a frame upscaled beside two busy loops took 4 and 18 times as long.
 TEST_ENV := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=passive
 
-COMPILED := tests/test_aot.py tests/test_cuda_static.py
+COMPILED := tests/test_aot.py
 
 .PHONY: demo test bench check clean
 demo: $(READY)
