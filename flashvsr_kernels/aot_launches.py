@@ -50,6 +50,7 @@ def _convolutions(op: str, module: str) -> Iterator[tuple[str, Callable[[], obje
             ("128 fused", torch.bfloat16, 768, 1408, 128, 128, True, True),
             ("128 biased", torch.bfloat16, 768, 1408, 128, 128, True, False),
             ("64 fused", torch.float16, 180, 320, 64, 64, True, True),
+            ("136 to 64", torch.float16, 90, 160, 136, 64, False, False),
             ("784 to 512", torch.float16, 96, 176, 784, 512, False, False)):
         x, out = (meta(dtype, 2, height, width, channels) for channels in (C, O))
         bias, past, residual = meta(dtype, O) if biased else None, *((x, out) if fused else (None, None))

@@ -14,7 +14,7 @@ import torch
 from flashvsr_kernels import _triton, aot
 from flashvsr_kernels.aot_facts import gate_static, static_facts
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", "3.6")
 tl = pytest.importorskip("triton.language")
 
 from flashvsr_kernels import conv3x3_hopper
@@ -69,7 +69,8 @@ def test_hopper_kernels_use_wgmma_and_tma(found, launch, names):
 
 # Of each launch's kernels: whether tiles are wide, taps, channels of a block, whether residual, whether head.
 LAYOUTS = {"conv3x3 128 fused": [(False, 3, 128, True, False)], "conv3x3 128 biased": [(True, 3, 128, False, False)],
-           "conv3x3 64 fused": [(False, 3, 64, True, False)], "conv3x3 784 to 512": [(False, 3, 128, False, False)],
+           "conv3x3 64 fused": [(False, 3, 64, True, False)], "conv3x3 136 to 64": [(False, 3, 64, False, False)],
+           "conv3x3 784 to 512": [(False, 3, 128, False, False)],
            "conv3x3 512 to 256 enlarged": [(False, 2, 128, False, False)],
            "rgb_head 128 to 128": [(True, 2, 128, False, False), (True, 3, 128, False, True)],
            "rgb_head 128 to 64": [(True, 2, 128, False, False), (True, 3, 64, False, True)]}

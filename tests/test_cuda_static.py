@@ -21,8 +21,6 @@ pytestmark = [pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
 # 128 threads share 65536: there the gate is that nothing spills. With 64 it is 203 to 223, by architecture. Of
 # convolutions halves of 64 channels, for blocks of 128 threads each.
 REGISTERS = {"sparse_attn": {128: 255, 64: 232}, "conv3x3": {1: 224, 2: 224}}
-
-
 ARCHS = {"80", "86", "89", "90", "100", "120"}
 
 
