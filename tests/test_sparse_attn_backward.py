@@ -31,7 +31,7 @@ on_gpu = pytest.mark.parametrize("device, dtype", [BF16, FP16, HOPPER_BF16, HOPP
 in_bf16_on_gpu = pytest.mark.parametrize("device, dtype", [BF16, HOPPER_BF16])
 kernels = sparse_attn_backward
 SMALL = {"partial blocks": (300, 515, 64), "one block": (128, 128, 128), "less than a block": (33, 70, 128),
-         "one": (1, 1, 64), "one row more": (257, 129, 64)}
+         "one": (1, 1, 64), "one row, two keys": (1, 2, 64), "one row more": (257, 129, 64)}
 LARGE = {"whole blocks": (1024, 4096, 128), "partial blocks": (1000, 4001, 128), "D 64": (1024, 4096, 64),
          "partial blocks D 64": (1111, 2222, 64), "more queries": (4096, 640, 128)}
 
