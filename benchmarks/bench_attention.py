@@ -100,6 +100,13 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     return rows, [{"case": case.key, "contestant": name, "refused": why} for name, why in refused.items()]
 
 
+def wrong(rows: list[dict], refused: list[dict]) -> list[dict]:
+    """Of run's: our wrong results, and our errors other than that a backend cannot run the case."""
+    return ([row for row in rows if row["contestant"] in OURS and row["error"] > spot_check.WORST]
+            + [row for row in refused
+               if row["contestant"] in OURS and not row["refused"].startswith("NotImplementedError")])
+
+
 def _under_load(call: Callable[[], object], us: float, flop: float) -> dict[str, float | str]:
     """TFLOP/s of .4 s of one contestant alone, and the GPU's clock and power meanwhile."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -230,9 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, refused = run(case, names, args.device, args.seconds, args.turn)
         document["rows"] += rows
         document["refused"] += refused
-        bad += [row for row in rows if row["contestant"] in OURS and row["error"] > spot_check.WORST]
-        bad += [row for row in refused
-                if row["contestant"] in OURS and not row["refused"].startswith("NotImplementedError")]
+        bad += wrong(rows, refused)
         print("\n".join(map(line, rows + refused)), flush=True)
         if args.json:
             save(args.json, document)

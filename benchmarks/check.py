@@ -23,9 +23,8 @@ import torch
 from flashvsr_kernels import aot
 from flashvsr_kernels.aot_facts import gate_static, static_facts
 
-from . import (bench_block, bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, spot_check,
-               upscaler_stream)
-from .bench_attention import BACKENDS, line, run, save
+from . import bench_block, bench_decoder, bench_upscaler, decoder_cases, decoder_peers, machine, upscaler_stream
+from .bench_attention import BACKENDS, line, run, save, wrong
 from .cases import Case, grid
 from .peers import OURS
 
@@ -47,16 +46,16 @@ def cases(device: str) -> list[Case]:
 
 def ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
     """Ideal time over time of each "case/backend" of ours that runs here, and what was wrong with results."""
-    found, wrong = {}, []
+    found, bad = {}, []
     for case in cases(device):
         rows, refused = run(case, [name for name in BACKENDS[device] if name != "reference"], device, seconds)
         for row in rows + refused:
             print(line(row), flush=True)
         ours = [row for row in rows if row["contestant"] in OURS]
         found |= {f"{row['case']}/{row['contestant']}": row["of_ideal"] for row in ours if "of_ideal" in row}
-        wrong += [f"{row['case']}/{row['contestant']}: error {row['error']}" for row in ours
-                  if row["error"] > spot_check.WORST]
-    return found, wrong
+        bad += [f"{row['case']}/{row['contestant']}: {row.get('refused', 'error ' + str(row.get('error')))}"
+                for row in wrong(rows, refused)]
+    return found, bad
 
 
 def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:

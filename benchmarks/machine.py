@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "av", "pillow", "scipy", "imageio-ffmpeg")
+PACKAGES = ("torch", "triton", "numpy", "av", "pillow", "scipy", "imageio-ffmpeg",
+            "flash-attn-4", "fastvideo-kernel", "flashinfer-python", "block-sparse-attn")  # the last four: attention's peers
 
 
 def describe() -> dict[str, str]:

@@ -18,7 +18,7 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
     mask: BlockMask or bool (B, H, ceil(Lq / 128), ceil(Lk / 128))
     scale: of the scores, 1 / sqrt(D) if None
     backend: "hopper" (Gluon, sm_90), "triton" (sm_80 up), "cuda" (CUDA C++, sm_80 up), all three bf16 and
-       fp16 and scale > 0, hopper and cuda also rows 16-byte aligned; "cpu" (C++; float32, float64 and bf16);
+       fp16, hopper and cuda with scale > 0 and rows 16-byte aligned; "cpu" (C++; float32, float64 and bf16);
        "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
     (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse. Gradients on a GPU are made from
@@ -106,9 +106,7 @@ def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 def _gpu_supports(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     if q.device.type != "cuda":
         return f"runs on a CUDA device, q is on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"has no {q.dtype}"
-    return None if scale > 0 else f"scale must be positive, is {scale}"
+    return None if q.dtype in (torch.bfloat16, torch.float16) else f"has no {q.dtype}"
 
 
 def _aligned(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
@@ -122,9 +120,14 @@ def _aligned(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-register("sparse_attn", Backend("hopper", _run_hopper, _triton.hopper_available, _aligned),
+def _aligned_and_positive(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """For kernels that look for the maximum before they scale."""
+    return _aligned(q, k, v, scale) or (None if scale > 0 else f"scale must be positive, is {scale}")
+
+
+register("sparse_attn", Backend("hopper", _run_hopper, _triton.hopper_available, _aligned_and_positive),
          Backend("triton", _run_triton, _triton.available, _gpu_supports),
-         Backend("cuda", _run_cuda, _native.cuda_available, _aligned),
+         Backend("cuda", _run_cuda, _native.cuda_available, _aligned_and_positive),
          Backend("cpu", _run_cpu, _native.available, _cpu_supports),
          Backend("reference", _run_reference))
 
@@ -137,7 +140,10 @@ _lib.define("sparse_attn_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Ten
 
 @torch.library.impl(_lib, "sparse_attn", "CompositeExplicitAutograd")
 def _forward(q, k, v, index, count, order, scale, backend):
-    return pick("sparse_attn", backend, q, k, v, scale).run(q, k, v, index, count, order, scale)
+    chosen = pick("sparse_attn", backend, q, k, v, scale)
+    if not q.numel() or not k.numel():  # nothing to launch
+        return q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
+    return chosen.run(q, k, v, index, count, order, scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn", lib=_lib)
@@ -167,8 +173,10 @@ register("sparse_attn_backward", Backend("hopper", _backward_hopper, _triton.hop
 
 @torch.library.impl(_lib, "sparse_attn_backward", "CompositeExplicitAutograd")
 def _backward(grad, q, k, v, out, lse, index, count, order, scale, backend):
-    return pick("sparse_attn_backward", backend, q, k, v, scale).run(grad, q, k, v, out, lse, index, count,
-                                                                     order, scale)
+    chosen = pick("sparse_attn_backward", backend, q, k, v, scale)
+    if not q.numel() or not k.numel():
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    return chosen.run(grad, q, k, v, out, lse, index, count, order, scale)
 
 
 @torch.library.register_fake("flashvsr::sparse_attn_backward", lib=_lib)

@@ -14,7 +14,9 @@ unless
   - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
   - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running
     maximum, is rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
-Then the program, when it has served all its blocks, runs this one again with the running maximum.
+Then the program, when it has served all its blocks, runs this one again with the running maximum. What stays: where 2,
+4, 8 ... equal keys outside the first block share a row's weight, their weights under the running maximum are exact as
+the one key's is; here they carry one rounding to bf16 more, which the lanes' shares need not tell.
 fp16 has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a
 stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
 first too.
@@ -309,8 +311,9 @@ def _serve(W: gl.constexpr, tile, n, out_desc, lse, again, served, step, c, Lq, 
             q = q.load(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), 2))
         acc, l, most, m = _attend(W, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
         if FIXED_MAX:
-            # Written so that NaN is bad too: the exact pass decides what it means.
-            in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (gl.max(gl.abs(acc), 1) < float("inf"))
+            # Written so that NaN is bad too: the exact pass decides what it means. gl.max would drop it.
+            not_finite = gl.max(gl.where(gl.abs(acc) < float("inf"), 0, 1), 1)
+            in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (not_finite == 0)
             good = in_range & ((l < 8.0) | (most < 0.98 * l))
             is_bad = gl.max(gl.where(good, 0, 1), 0)
         acc *= (1.0 / l)[:, None]

@@ -303,7 +303,16 @@ def _where(condition, a, b):
 
 
 def _maximum(a, b, propagate_nan=None):
-    return torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+    """Drops NaN if not told otherwise, as the instruction does."""
+    larger = torch.fmax if propagate_nan is None else torch.maximum
+    return larger(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+
+
+def _max(x, axis):
+    """Drops NaN too, unless there is nothing else."""
+    if not x.is_floating_point():
+        return torch.amax(x, axis)
+    return torch.where(x.isnan().all(axis), torch.nan, torch.where(x.isnan(), -torch.inf, x).amax(axis))
 
 
 LANGUAGE = types.SimpleNamespace(
@@ -312,7 +321,7 @@ LANGUAGE = types.SimpleNamespace(
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
     arange=lambda start, end, layout: torch.arange(start, end), where=_where, load=Pointer.load, store=Pointer.store,
     maximum=_maximum, minimum=lambda a, b: torch.minimum(*map(torch.as_tensor, (a, b))), abs=torch.abs,
-    exp2=torch.exp2, log2=torch.log2, max=torch.amax, sum=torch.sum, reshape=torch.reshape,
+    exp2=torch.exp2, log2=torch.log2, max=_max, sum=torch.sum, reshape=torch.reshape,
     convert_layout=lambda x, layout: x, allocate_shared_memory=_allocate, warp_specialize=_specialize,
     inline_asm_elementwise=lambda asm, constraints, arguments, **_: _program().bar(asm, *arguments),
     **{name: getattr(gl, name) for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout",

@@ -17,7 +17,7 @@ from tests.error_rule import check_attention
 def inputs(Lq=200, Lk=390, H=2, D=64, dtype=torch.float64, density=0.5, device="cpu", B=1):
     q, k, v = (torch.randn(B, L, H, D, dtype=dtype, device=device) for L in (Lq, Lk, Lk))
     mask = torch.rand(B, H, -(-Lq // 128), -(-Lk // 128), device=device) < density
-    mask[..., 0, 0] = True
+    mask[..., :1, :1] = True
     return q, k, v, mask
 
 
@@ -54,6 +54,20 @@ def test_definition(backend, D):
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
     assert torch.equal(out, sparse_attn(q, k, v, BlockMask.from_dense(mask), backend=backend))
+
+
+@pytest.mark.parametrize("empty", ["B", "Lq", "Lk", "H"])
+@pytest.mark.parametrize("device, backend", [*(("cpu", name) for name in ON_CPU), *(
+    pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("hopper", "triton", "cuda"))])
+def test_nothing_to_attend(device, backend, empty):
+    if (reason := backends()["sparse_attn"][backend]) is not None:
+        pytest.skip(reason)
+    q, k, v, mask = inputs(dtype=torch.bfloat16, device=device, **{empty: 0})
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = sparse_attn(*leaves, mask, return_lse=True, backend=backend)
+    assert out.shape == q.shape and not out.any() and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert (lse == -torch.inf).all()
+    assert not any(x.any() for x in torch.autograd.grad(out, leaves, torch.ones_like(out)))
 
 
 def test_reference_in_parts(monkeypatch):

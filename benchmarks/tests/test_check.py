@@ -70,6 +70,21 @@ def test_a_wrong_result_fails(tmp_path, monkeypatch, capsys):
     assert f"WORSE: {CASE}: error 0.1" in printed and f"cpu {machine.instructions()}: reported only" in printed
 
 
+@alone
+@pytest.mark.parametrize("update", [[], ["--update"]], ids=["gated", "recorded"])
+def test_an_error_of_ours_fails(tmp_path, monkeypatch, capsys, update):
+    """One that does not say that the backend cannot run the case."""
+    def broken(*call, **options):
+        raise RuntimeError("out of order")
+    monkeypatch.setattr(check, "cases", lambda device: [
+        case for case in bench_attention.grid(device, quick=True) if f"{case.key}/cpu" == CASE])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(peers, "sparse_attn", broken)
+    path = tmp_path / "none.json"
+    assert check.main(["--baseline", str(path), "--part", "ratios", "--seconds", "0", *update]) == 1
+    assert f"WORSE: {CASE}: RuntimeError: out of order" in capsys.readouterr().out and not path.exists()
+
+
 @pytest.mark.parametrize("about, outcome, said", [
     ({"torch": "2.11", "triton": "3.6"}, 1, "WORSE: x"),
     ({"torch": "2.12", "triton": "3.6"}, 0, "reported only"),

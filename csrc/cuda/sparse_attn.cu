@@ -19,8 +19,7 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRowTiles = kBlock / kWarps / 16;     // of 16 rows, for each warp
 constexpr int kKeys = 64, kTiles = kBlock / kKeys;  // of a tile; tiles of a block
 constexpr int kSlots = 3;
-constexpr int kChunk = 8;         // elements in 16 bytes
-constexpr float kMostGrowth = 8;  // to base 2: probabilities stay below 256, and fp16 holds 65504
+constexpr int kChunk = 8;  // elements in 16 bytes
 template <int D>
 constexpr int kTileBytes = kKeys * D * 2;
 template <int D>
@@ -157,8 +156,9 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
           for (int c = 0; c < 4; ++c)
             if (n * 8 + lane() % 4 * 2 + c % 2 >= keys) score[t][n][c] = -INFINITY;
 
-    // top follows the maximum only when a row of the warp has outgrown it; what came before shrinks then. A
-    // list's first tile has a key, so top is finite from then on.
+    // Where a row of the warp has a new maximum, what came before shrinks. Not only where it has grown by much: the
+    // weight of a key that has nearly all is 1 then, and needs no rounding. A list's first tile has a key, so top is
+    // finite from then on.
     float most[kRowTiles][2];
     bool grown = false;
 #pragma unroll
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) m = fmaxf(m, fmaxf(score[t][n][2 * i], score[t][n][2 * i + 1]));
         most[t][i] = m * factor;
-        grown |= most[t][i] > top[t][i] + kMostGrowth;
+        grown |= most[t][i] > top[t][i];
       }
     if (__any_sync(~0u, grown))
 #pragma unroll
