@@ -15,7 +15,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
     x: (B, T, H, W, C), T even    tail: (B, 2, H, W, C), the two steps before x; None for taps without context
        float32, bf16 or fp16, float64 on a CPU; any strides with a contiguous last dimension
     weight: (O, C, 4, 3, 3), or without tail (O, C, 2, 3, 3); kernels want it channels_last_3d in memory, as they
-       never copy it    bias: (O,)
+       never copy it    bias: (O,), contiguous for kernels, as gamma
     gamma: (O,) adds SiLU(y / sqrt(mean(y^2) + 1e-24) * gamma) over the channels, float32 inside
     backend: "triton" (sm_80 up) and "hopper" (Gluon, sm_90), bf16 and fp16; "reference" (PyTorch); None for the
        first that can run the call. hopper wants pictures of 16 rows and 8 columns at least, C and O multiples of 8,
@@ -34,6 +34,8 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
     if weight.ndim != 5 or weight.shape[1:] != (C, taps, 3, 3):
         raise ValueError(f"weight must be (O, {C}, {taps}, 3, 3) with{'out' * (tail is None)} tail, "
                          f"got {tuple(weight.shape)}")
+    if not len(weight):
+        raise ValueError(f"weight must have at least one channel out, got {tuple(weight.shape)}")
     for name, vector in (("bias", bias), ("gamma", gamma)):
         if vector is not None and vector.shape != weight.shape[:1]:
             raise ValueError(f"{name} must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, "
@@ -73,7 +75,7 @@ def _run_hopper(*call: Tensor | None) -> Tensor:
     return conv3d_hopper.forward(*call)
 
 
-def _gpu_supports(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
+def _gpu_supports(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma: Tensor | None) -> str | None:
     if x.device.type != "cuda":
         return f"runs on a CUDA device, x is on {x.device}"
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -83,11 +85,13 @@ def _gpu_supports(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
     for name, value in (("x", x), ("tail", tail)):
         if value is not None and value.stride(4) != 1:
             return f"{name} must be contiguous in its last dimension, its strides are {value.stride()}"
+    if not all(value is None or value.is_contiguous() for value in (bias, gamma)):
+        return "bias and gamma must be contiguous"
     return None
 
 
-def _hopper_supports(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
-    if reason := _gpu_supports(x, weight, tail):
+def _hopper_supports(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma: Tensor | None) -> str | None:
+    if reason := _gpu_supports(x, weight, bias, tail, gamma):
         return reason
     if x.shape[2] < 16 or x.shape[3] < 8:
         return f"pictures must have 16 rows and 8 columns at least, x is {tuple(x.shape)}"
@@ -108,7 +112,7 @@ register("causal_conv3d", Backend("hopper", _run_hopper, _triton.hopper_availabl
 
 
 def _run(x, weight, bias, tail, gamma, backend):
-    return pick("causal_conv3d", backend, x, weight, tail).run(x, weight, bias, tail, gamma)
+    return pick("causal_conv3d", backend, x, weight, bias, tail, gamma).run(x, weight, bias, tail, gamma)
 
 
 def _fake(x, weight, bias, tail, gamma, backend):

@@ -26,7 +26,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, past: Tens
     backend: "hopper" (Gluon, sm_90), "triton" and "cuda" (CUDA C++), both sm_80 up, all three bf16 and fp16; "cpu"
        (C++, float32 and bf16); "reference" (PyTorch); None for the first of them that can run the call. All but the
        reference want contiguous pictures and weights in memory format channels_last; hopper and cuda also C a
-       multiple of 8, O of 64 (hopper) or 8 (cuda), and tensors that begin at 16 bytes.
+       multiple of 8, O of 64 (hopper) or 8 (cuda), and tensors that begin at 16 bytes. cpu is Winograd's
+       form: one value that is not finite makes whole tiles of 4x4 results NaN.
     Returns (N, upsample * H, upsample * W, O), contiguous. Differentiable in all tensors.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.

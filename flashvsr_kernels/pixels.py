@@ -82,8 +82,8 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, *, box: Box | None = None,
     rounded: on a GPU they cost nothing. rgb is differentiable in x, weight and bias.
     Raises as enlarge does.
     """
-    if x.ndim != 4 or weight.shape != (3, x.shape[3], 3, 3) or bias.shape != (3,):
-        raise ValueError("x must be (N, H, W, C), weight (3, C, 3, 3) and bias (3,), "
+    if x.ndim != 4 or not x.shape[3] or weight.shape != (3, x.shape[3], 3, 3) or bias.shape != (3,):
+        raise ValueError("x must be (N, H, W, C) with channels, weight (3, C, 3, 3) and bias (3,), "
                          f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}")
     if not x.dtype == weight.dtype == bias.dtype or not x.is_floating_point():
         raise ValueError("x, weight and bias must have one floating dtype, "
@@ -189,8 +189,9 @@ def _rgb_conv_cpu_supports(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: t
         return f"rounds to {x.dtype} before {out_dtype}"
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bf16 on a CPU, x is {x.dtype} on {x.device}"
-    if not (x.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)):
-        return f"x must be contiguous and weight channels_last, their strides are {x.stride()} and {weight.stride()}"
+    if not (x.is_contiguous() and bias.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)):
+        return ("x and bias must be contiguous and weight channels_last, "
+                f"their strides are {x.stride()}, {bias.stride()} and {weight.stride()}")
     return None
 
 

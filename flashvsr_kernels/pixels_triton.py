@@ -164,8 +164,8 @@ def _enlarge(frames, taps, out, parts, st, sy, sx, sc, h, w, N: tl.constexpr):
     o_out, o_channel = o_value // 3, o_value % 3
     i_x = tl.minimum(o_out // 4, w - 1)
     k = _load_taps(taps, i_x, w, o_out % 4)
-    i_first = i_x - 2 + o_out % 4 // 2
-    o_c = o_channel * sc
+    i_first = (i_x - 2 + o_out % 4 // 2).to(tl.int64)
+    o_c = o_channel.to(tl.int64) * sc
     o = (_inside(i_first, w) * sx + o_c, _inside(i_first + 1, w) * sx + o_c,
          _inside(i_first + 2, w) * sx + o_c, _inside(i_first + 3, w) * sx + o_c)
     p_frame = frames + i_t * st
@@ -207,12 +207,13 @@ def _unshuffle(frames, out, sn, st, sy, sx, sc, son, soy, sox, w, bound, S: tl.c
     p_frame = frames + i_n * sn + o_frame[None, :] + o_pixel.to(tl.int64) * sx
     p_out = out + i_n * son + i_y * soy + o_cell.to(tl.int64)[:, None] * sox + o_k[None, :]
     for i in tl.static_range(3):
-        b = tl.load(p_frame + i * sc, mask=m, other=0).to(tl.float32)  # [G, K]
+        b = tl.load(p_frame, mask=m, other=0).to(tl.float32)  # [G, K]
         if EIGHT_BIT:
             b = tl.div_rn(b, 127.5) - 1
         if bound is not None:
             b = bound - 2 * bound / (tl.exp(b * (2 / bound)) + 1)  # bound * tanh(b / bound)
         tl.store(p_out + i * (T * S * S), b.to(out.dtype.element_ty), mask=m)
+        p_frame += sc
 
 
 @triton.jit(do_not_specialize=["H", "W", "top", "left", "h", "w", "R"])

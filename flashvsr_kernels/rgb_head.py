@@ -28,11 +28,11 @@ def rgb_head(x: Tensor, folded: Tensor, hidden_weight: Tensor, weight: Tensor, b
     Raises as rgb_conv does, and ValueError for backend "hopper" where gradients are recorded.
     """
     D = folded.shape[3] if folded.ndim == 7 else 0
-    if x.ndim != 4 or folded.shape != (1, 2, 2, D, 2, 2, x.shape[3]):
+    if x.ndim != 4 or 0 in folded.shape or folded.shape != (1, 2, 2, D, 2, 2, x.shape[3]):
         raise ValueError("x must be (N, H, W, C) and folded (1, 2, 2, D, 2, 2, C), "
                          f"got {tuple(x.shape)} and {tuple(folded.shape)}")
     E = len(hidden_weight) if hidden_weight.ndim == 4 else 0
-    if hidden_weight.shape != (E, D, 3, 3) or weight.shape != (3, E, 3, 3) or bias.shape != (3,):
+    if not E or hidden_weight.shape != (E, D, 3, 3) or weight.shape != (3, E, 3, 3) or bias.shape != (3,):
         raise ValueError(f"hidden_weight must be (E, {D}, 3, 3), weight (3, E, 3, 3) and bias (3,), got "
                          f"{tuple(hidden_weight.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}")
     for name, other in (("folded", folded), ("hidden_weight", hidden_weight), ("weight", weight), ("bias", bias)):

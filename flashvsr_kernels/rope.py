@@ -143,7 +143,7 @@ def _qkv_triton(*call) -> tuple[Tensor, Tensor]:
     return rope_triton.qkv_norm_rope(*call)
 
 
-def _gpu_supports(x: Tensor, tables: Tables, *out: Tensor) -> str | None:
+def _gpu_supports(x: Tensor, weights: tuple[Tensor, ...], tables: Tables, *out: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"runs on a CUDA device, x is on {x.device}"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -151,8 +151,8 @@ def _gpu_supports(x: Tensor, tables: Tables, *out: Tensor) -> str | None:
     H, D = out[0].shape[2:]
     if D not in (64, 128) or H > HEADS:
         return f"needs head_dim 64 or 128 and at most {HEADS} heads, here are {H} of {D}"
-    if any(y.stride(-1) != 1 for y in (x, *out)) or not all(table.is_contiguous() for table in tables):
-        return "x and out must be contiguous in their last dimension, and tables in all"
+    if any(y.stride(-1) != 1 for y in (x, *out)) or not all(y.is_contiguous() for y in (*weights, *tables)):
+        return "x and out must be contiguous in their last dimension, and weights and tables in all"
     return None
 
 
@@ -176,7 +176,7 @@ def _means(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
 
 def _qk_into(x, weight, t, h, w, head_dim, eps, out, backend):
     tables = t, h, w
-    return pick("qk_norm_rope", backend, x, tables, out).run(x, weight, tables, head_dim, eps, out)
+    return pick("qk_norm_rope", backend, x, (weight,), tables, out).run(x, weight, tables, head_dim, eps, out)
 
 
 def _qk(x, weight, t, h, w, head_dim, eps, backend):
@@ -186,7 +186,7 @@ def _qk(x, weight, t, h, w, head_dim, eps, backend):
 
 def _qkv_into(qkv, q_weight, k_weight, t, h, w, head_dim, eps, k, v, backend):
     tables, (q,) = (t, h, w), _outs(qkv, 3, head_dim, 1)
-    chosen = pick("qkv_norm_rope", backend, qkv, tables, q, k, v)
+    chosen = pick("qkv_norm_rope", backend, qkv, (q_weight, k_weight), tables, q, k, v)
     return q, *chosen.run(qkv, q_weight, k_weight, tables, head_dim, eps, q, k, v)
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from flashvsr_kernels import BlockMask, block_mask, block_mask_triton, lcsa_mask, local_window, reference
 from tests import interpreter
+from tests.other_work import changed, with_and_without_others
 
 on_each_device = pytest.mark.parametrize("device", [
     pytest.param("cpu", marks=pytest.mark.interpret, id="interpreted"),
@@ -237,6 +238,22 @@ def test_a_cuda_graph_sees_new_contents_and_nothing_waits():
         graph.replay()
         for ours, wanted in zip(replayed, masks()):
             same_lists(*((x.index, x.count, x.order) for x in (ours, wanted)), wanted.key_blocks)
+
+
+@pytest.mark.gpu
+@with_and_without_others
+def test_same_bits_500_times(others):
+    """Entries past count are whatever the memory held."""
+    q, k, local, slices, topk = make(1, 12, 128, 6, 11, 11, 1, 4, 7919, torch.bfloat16, "cuda")
+
+    def launch():
+        results = []
+        mask = lcsa_mask(q, k, local, slices=slices, topk=topk, backend="triton")
+        for lists in (mask, mask.transposed(), BlockMask.from_dense(mask.to_dense(), backend="triton")):
+            past = torch.arange(lists.index.shape[-1], device="cuda") >= lists.count[..., None]
+            results += [lists.index.masked_fill(past, 0), lists.count, lists.order]
+        return results
+    assert changed(launch, others) == 0
 
 
 @pytest.mark.gpu

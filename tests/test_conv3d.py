@@ -3,9 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashvsr_kernels import causal_conv3d
+from flashvsr_kernels import backends, causal_conv3d
 from flashvsr_kernels.conv3d import fold_repeat
 from tests.error_rule import check
+
+
+ON_GPU = "triton", "hopper"
 
 
 def make(B=1, T=4, H=3, W=5, C=6, O=7, dtype=torch.float64, taps=4):
@@ -105,17 +108,47 @@ X, W, B = torch.zeros(1, 4, 3, 3, 6), torch.zeros(7, 6, 4, 3, 3), torch.zeros(7)
     ((X, W, B, X[:, :1]), None, r"tail must be \(1, 2, 3, 3, 6\)"),
     ((X, W[:, :5], B, X[:, :2]), None, r"weight must be \(O, 6, 4, 3, 3\) with tail"),
     ((X, W, B, None), None, r"weight must be \(O, 6, 2, 3, 3\) without tail"),
+    ((X, W[:0], B[:0], X[:, :2]), None, r"at least one channel out, got \(0, 6, 4, 3, 3\)"),
     ((X, W, B[:5], X[:, :2]), None, r"bias must be \(7,\)"),
     ((X, W, B, X[:, :2]), B[:5], r"gamma must be \(7,\)"),
     ((X, W.double(), B, X[:, :2]), None, r"weight must be torch.float32 on cpu as x, got torch.float64 on cpu"),
     ((X.int(), W.int(), B.int(), None), None, "x must have a floating dtype, got torch.int32"),
-], ids=["odd", "empty", "tail", "weight", "taps", "bias", "gamma", "dtype", "integers"])
+], ids=["odd", "empty", "tail", "weight", "taps", "no channels", "bias", "gamma", "dtype", "integers"])
 def test_bad_arguments_are_named(args, gamma, message):
     with pytest.raises(ValueError, match=message):
         causal_conv3d(*args, gamma=gamma)
 
 
-@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_opcheck_on_a_gpu(backend, training):
+    if (reason := backends()["causal_conv3d"][backend]) is not None:
+        pytest.skip(reason)
+    call, gamma = make(1, 2, 16, 8, 16, 72, torch.bfloat16), torch.rand(72, dtype=torch.bfloat16)
+    x, weight, bias, tail, gamma = (y.cuda().requires_grad_(training) for y in (*call, gamma))
+    weight = weight.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_(training)
+    torch.library.opcheck(torch.ops.flashvsr.causal_conv3d.default, (x, weight, bias, tail, gamma, backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_vectors_that_are_not_contiguous(backend):
+    """Kernels refuse them, and the call still gives what it should."""
+    if (reason := backends()["causal_conv3d"][backend]) is not None:
+        pytest.skip(reason)
+    x, weight, bias, tail = (y.cuda() for y in make(1, 2, 16, 8, 16, 72, torch.bfloat16))
+    weight, gamma = weight.contiguous(memory_format=torch.channels_last_3d), torch.rand_like(bias)
+    apart, expanded = gamma.repeat_interleave(2)[::2], bias[:1].expand(72)
+    for call, options in (((x, weight, expanded, tail), {}), ((x, weight, bias, tail), {"gamma": apart})):
+        with pytest.raises(NotImplementedError, match=f"{backend}: bias and gamma must be contiguous"):
+            causal_conv3d(*call, **options, backend=backend)
+        whole = {key: value.contiguous() for key, value in options.items()}
+        wanted = causal_conv3d(x, weight, call[2].contiguous(), tail, **whole, backend=backend)
+        torch.testing.assert_close(causal_conv3d(*call, **options), wanted, atol=3e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_backends_that_cannot_run_say_why(backend):
     with pytest.raises(NotImplementedError, match=f"{backend}: "):
         causal_conv3d(X, W, B, X[:, :2], backend=backend)

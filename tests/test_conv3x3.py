@@ -39,13 +39,14 @@ SIZES = pytest.mark.parametrize("N, H, W, C, O", [(2, 5, 7, 8, 6), (1, 1, 1, 3, 
 
 
 def inputs(N, H, W, C, O, past=True, tail=True, upsample=1, dtype=torch.float64, device="cpu"):
-    """x, weight and options of a call."""
+    """x, weight, as kernels want it in memory, and options of a call."""
     def random(*shape):
         return torch.randn(*shape, dtype=dtype, device=device)
     options = dict(past=random(N, H, W, C) if past else None, upsample=upsample)
     if tail:
         options |= dict(bias=random(O), relu=True, residual=random(N, upsample * H, upsample * W, O))
-    return random(N, H, W, C), random(O, 2 * C if past else C, 3, 3), options
+    weight = random(O, 2 * C if past else C, 3, 3).contiguous(memory_format=torch.channels_last)
+    return random(N, H, W, C), weight, options
 
 
 @pytest.mark.parametrize("upsample", [1, 2])
@@ -170,7 +171,6 @@ def test_outputs_may_be_changed_in_place():
 @pytest.mark.parametrize("upsample", [1, 2])
 def test_results_in_memory_that_is_given(upsample, backend):
     x, weight, options = inputs(2, 6, 5, 8, 16, upsample=upsample, dtype=torch.float32)
-    weight = weight.contiguous(memory_format=torch.channels_last)
     for make in (lambda out: conv3x3(x, weight, **options, out=out, backend=backend),
                  lambda out: upsample_conv(x, fold_upsample(weight[:, :8]), relu=True, out=out, backend=backend)):
         wanted = make(None)
@@ -199,43 +199,48 @@ def test_wrong_memory_for_results_is_named():
         upsample_conv(x, fold_upsample(weight[:, :8]).requires_grad_(), out=x.new_empty(1, 8, 8, 8))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("hopper", "triton", "cuda"))])
 def placed(request):
-    """Device and dtype: on a GPU what its kernels take."""
-    return {"device": request.param, "dtype": torch.bfloat16 if request.param == "cuda" else torch.float32}
+    """A backend, and a device and a dtype that it takes."""
+    if (reason := backends()["conv3x3"][request.param]) is not None:
+        pytest.skip(reason)
+    on_gpu = request.param != "cpu"
+    return request.param, {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16 if on_gpu else torch.float32}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_operators_are_registered_right(placed, training):
+    backend, place = placed
     for past, tail in (True, True), (False, False):
-        x, weight, options = inputs(2, 6, 5, 8, 16, past, tail, **placed)
+        x, weight, options = inputs(2, 6, 5, 8, 64, past, tail, **place)
         x, weight = (y.requires_grad_(training) for y in (x, weight))
-        call = (x, weight, options.get("bias"), options["past"], options.get("residual"), tail, None)
+        call = (x, weight, options.get("bias"), options["past"], options.get("residual"), tail, backend)
         torch.library.opcheck(torch.ops.flashvsr.conv3x3.default, call)
-    x = torch.randn(2, 4, 5, 8, **placed, requires_grad=training)
-    folded = torch.randn(2, 2, 2, 16, 2, 2, 8, **placed, requires_grad=training)
-    torch.library.opcheck(torch.ops.flashvsr.upsample_conv.default, (x, folded, True, None))
+    x, weight, _ = inputs(2, 4, 5, 8, 64, past=False, **place)
+    folded = torch.randn(2, 2, 2, 64, 2, 2, 8, **place, requires_grad=training)
+    torch.library.opcheck(torch.ops.flashvsr.upsample_conv.default, (x.requires_grad_(training), folded, True, backend))
     if not training:
         torch.library.opcheck(torch.ops.flashvsr.upsample_conv_into.default,
-                              (x, folded, True, x.new_empty(4, 8, 10, 16), None))
+                              (x, folded, True, x.new_empty(4, 8, 10, 64), backend))
         torch.library.opcheck(torch.ops.flashvsr.conv3x3_into.default,
-                              (x, x.new_ones(16, 8, 3, 3), None, None, None, False, x.new_empty(2, 4, 5, 16), None))
+                              (x, weight, None, None, None, False, x.new_empty(2, 4, 5, 64), backend))
 
 
-def block(x, weight, options, grow):
-    y = conv3x3(x * 2, weight, **options).sin()
-    return upsample_conv(y, fold_upsample(weight[:, :y.shape[3]], grow)).sin()
+def block(x, weight, options, grow, backend=None):
+    y = conv3x3(x * 2, weight, **options, backend=backend).sin()
+    return upsample_conv(y, fold_upsample(weight[:, :y.shape[3]], grow), backend=backend).sin()
 
 
 def test_compiles_to_one_graph(placed):
-    x, weight, options = inputs(2, 6, 5, 8, 8, **placed)
-    grow, weight = torch.randn(16, 8, **placed) / 8, weight / 12  # or else bf16 cannot tell the angles of sin
+    backend, place = placed
+    x, weight, options = inputs(2, 6, 5, 64, 64, **place)
+    grow, weight = torch.randn(128, 64, **place) / 23, weight / 34  # or else bf16 cannot tell the angles of sin
     leaves = [leaf.requires_grad_() for leaf in (x, weight, grow, options["past"], options["residual"])]
-    results, grad = [], torch.randn(4, 12, 10, 8, **placed)
+    results, grad = [], torch.randn(4, 12, 10, 64, **place)
     for run in torch.compile(block, fullgraph=True), block:
-        out = run(x, weight, options, grow)
+        out = run(x, weight, options, grow, backend)
         results.append((out, *torch.autograd.grad(out, leaves, grad)))
-    tolerance = 2e-2 if placed["dtype"] == torch.bfloat16 else 1e-5
+    tolerance = 2e-2 if place["dtype"] == torch.bfloat16 else 1e-5
     for compiled, plain in zip(*results):  # as a whole: single elements may be differences of large ones
         assert (compiled - plain).float().norm() <= tolerance * plain.float().norm()
 
@@ -306,8 +311,7 @@ def test_every_backend_reaches_its_kernel(backend):
     x, weight, options = inputs(2, 12, 20, 64, 64, dtype=torch.bfloat16, device="cuda")
     weight, folded = weight / 34, fold_upsample(weight[:, :64] / 34)
     with pytest.raises(NotImplementedError, match="weights must be torch.channels_last"):
-        conv3x3(x, weight, **options, backend=backend)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+        conv3x3(x, weight.contiguous(), **options, backend=backend)
     results = [(conv3x3(x, weight, **options, out=torch.empty_like(x), backend=name),
                 upsample_conv(x, folded, out=x.new_empty(2, 24, 40, 64), backend=name))
                for name in (backend, "reference")]

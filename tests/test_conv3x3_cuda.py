@@ -177,8 +177,11 @@ def test_real_shapes(shape, dtype):
 
 @needs_gpu
 @with_and_without_others
-def test_same_bits_500_times(others):
-    call, folded = make("cuda", 2, 192, 352, 256, 256), make_folded("cuda", 2, 96, 176, 128, 64)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("outputs", [(256, 64), (64, 128)], ids=lambda outputs: f"{outputs[0]}, enlarged {outputs[1]}")
+def test_same_bits_500_times(others, dtype, outputs):
+    call = make("cuda", 2, 192, 352, 256, outputs[0], dtype)
+    folded = make_folded("cuda", 2, 96, 176, 128, outputs[1], dtype)
     assert changed(lambda: (Card().conv3x3(*call), Card().upsample_conv(*folded)), others, held=4) == 0
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton", "3.6")
 from flashvsr_kernels import gated_add_norm, layer_norm_modulate, norm, norm_triton, reference, rms_norm
 from tests.error_rule import check
 from tests.interpreter import device  # noqa: F401: a fixture
+from tests.other_work import changed, with_and_without_others
 from tests.replayed import check_replays
 
 NAN = float("nan")
@@ -141,6 +142,17 @@ def test_operators_with_kernels():
         for training in False, True:
             given = [x.detach().requires_grad_(training) if isinstance(x, torch.Tensor) else x for x in call]
             torch.library.opcheck(getattr(torch.ops.flashvsr, op).default, (*given, "triton"))
+
+
+@pytest.mark.gpu
+@with_and_without_others
+def test_same_bits_500_times(others):
+    made = calls("cuda", torch.bfloat16, 1, 8448, 1536)
+
+    def launch():
+        results = [getattr(torch.ops.flashvsr, op)(*call, "triton") for op, call in made.items()]
+        return [x for result in results for x in (result if isinstance(result, tuple) else (result,))]
+    assert changed(launch, others, held=4) == 0
 
 
 @pytest.mark.gpu

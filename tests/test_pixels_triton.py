@@ -182,6 +182,21 @@ def test_large(N, H, W, C, box):
 
 
 @pytest.mark.gpu
+def test_far_apart():
+    """Channels, rows, pixels and pictures 2^30 elements and more apart."""
+    near = torch.randint(0, 256, (2, 3, 4, 3), dtype=torch.uint8, device="cuda")
+    shuffled, wanted = (torch.full((1, 1, 2, 24), NAN, device="cuda") for _ in range(2))
+    pixels_triton.pixel_unshuffle(near[None, :, :2], 2, None, wanted)
+    memory = torch.empty(2 ** 32, dtype=torch.uint8, device="cuda")
+    for strides in ((64, 16, 4, 2 ** 30 + 2 ** 12), (64, 2 ** 30 + 2 ** 12, 4, 1), (64, 16, 2 ** 30 + 2 ** 12, 1),
+                    (2 ** 31 + 2 ** 12, 16, 4, 1)):
+        far = memory.as_strided(near.shape, strides).copy_(near)
+        assert_same_bits(pixels_triton.enlarge(far), pixels_triton.enlarge(near))
+        pixels_triton.pixel_unshuffle(far[None, :, :2], 2, None, shuffled)
+        assert torch.equal(shuffled, wanted)
+
+
+@pytest.mark.gpu
 @with_and_without_others
 @with_dtypes
 def test_same_bits_500_times(dtype, others):

@@ -7,6 +7,7 @@ pytest.importorskip("triton", "3.6")
 from flashvsr_kernels import qk_norm_rope, qkv_norm_rope, reference, rope_table, rope_triton
 from tests.error_rule import check
 from tests.interpreter import device  # noqa: F401: a fixture
+from tests.other_work import changed, with_and_without_others
 
 NAN = float("nan")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -154,8 +155,27 @@ def test_what_the_kernels_do_not_take():
     qkv, q_weight, k_weight, tables, D = make("cuda", 1, 2, 64, (2, 8, 8))
     with pytest.raises(NotImplementedError, match="contiguous in their last dimension"):
         qkv_norm_rope(qkv.repeat_interleave(2, 2)[..., ::2], q_weight, k_weight, tables, D, backend="triton")
+    apart = torch.randn_like(q_weight).repeat_interleave(2)[::2]
+    for weights in (apart, k_weight), (q_weight, q_weight[:1].expand(128)):
+        with pytest.raises(NotImplementedError, match="and weights and tables in all"):
+            qkv_norm_rope(qkv, *weights, tables, D, backend="triton")
+    with pytest.raises(NotImplementedError, match="and weights and tables in all"):
+        qk_norm_rope(qkv[..., :128], apart, tables, D, backend="triton")
     with pytest.raises(NotImplementedError, match="triton: has no torch.float64"):
         qkv_norm_rope(qkv.double(), q_weight.double(), k_weight.double(), tables, D, backend="triton")
+
+
+@pytest.mark.gpu
+@with_and_without_others
+def test_same_bits_500_times(others):
+    qkv, q_weight, k_weight, tables, D = make("cuda", *REAL["official"], torch.bfloat16)
+    rings, slots = places(qkv, D, 2)
+
+    def launch():
+        q, k, v, q_mean, k_mean = qkv_norm_rope(qkv, q_weight, k_weight, tables, D, out=tuple(slots), backend="triton")
+        return q, k.clone(), v.clone(), q_mean, k_mean, *qk_norm_rope(qkv[..., :1536], q_weight, tables, D,
+                                                                     backend="triton")
+    assert changed(launch, others, held=4) == 0
 
 
 @pytest.mark.gpu
