@@ -15,11 +15,12 @@ CXX = shutil.which(os.environ.get("CXX", "c++"))
 
 
 def build(source: str, folder: Path, *plants: tuple[str, str]) -> ctypes.CDLL:
-    """csrc/cuda/source as a library, with each plant's first text replaced by its second.
+    """csrc/cuda/source as a library, with each plant's first text, there or in conv_tile.h, replaced by its second.
 
     Its fibers_are_late(bool) says when copies arrive.
     """
-    text = (CSRC / "cuda" / source).read_text()
+    tile = (CSRC / "cuda/conv_tile.h").read_text()
+    text = (CSRC / "cuda" / source).read_text().replace('#include "conv_tile.h"', tile)
     for right, wrong in plants:
         assert text.count(right) == 1, f"{right!r} is not once in {source}"
         text = text.replace(right, wrong)

@@ -147,7 +147,7 @@ MISTAKES = {
     "copies not waited for": ("wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();"),
     "weights over those in use": ("copy_weights((tap + kAhead)", "copy_weights(tap"),
     "pixels too late": ("kTaps - kAhead + 1, kLoadsOfTap", "kTaps, kLoadsOfTap"),
-    "results over what is read": ("  wait_for_copies<0>();\n  __syncthreads();\n  if", "  wait_for_copies<0>();\n  if"),
+    "results over what is read": ("  __syncthreads();  // every warp is done", "  // every warp is done"),
     "the picture's border": ("x >= 0 && x < p.width", "x < p.width")}
 
 
