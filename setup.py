@@ -153,6 +153,7 @@ class Plan:
                 ops.append((CSRC / f"cpu/run_{kernel}.cpp", cxx))
                 ops += [(CSRC / f"cpu/{kernel}.cpp", [*cxx, *ISA_FLAGS[isa], name + isa]) for isa in isas]
         if self.cuda:
+            ops.append((CSRC / "bindings_conv3d.cpp", [*cxx, *stable, *parts]))
             nvcc = [self.nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas",
                     "-warn-spills", "--threads", "2", "-ccbin", self.cxx, *map(gencode, self.archs)]
             ops += [(source, nvcc) for source in sorted((CSRC / "cuda").glob("*.cu"))]

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <initializer_list>
 #include <limits>
 #include <optional>
 
@@ -14,6 +13,7 @@
 
 namespace {
 
+using flashvsr::check_like;
 using flashvsr::Conv3x3Params;
 using torch::stable::Tensor;
 
@@ -29,14 +29,6 @@ Conv3x3Params check_picture(const Tensor& x) {
   p.channels = int(x.size(3)), p.steps = 1;
   p.dtype = flashvsr::dtype_of("x", x);
   return p;
-}
-
-// Where another tensor of the call lies, or null.
-const void* check_like(const char* name, const std::optional<Tensor>& y, const Tensor& x) {
-  if (!y) return nullptr;
-  STD_TORCH_CHECK(y->scalar_type() == x.scalar_type(), name, " must have x's dtype");
-  STD_TORCH_CHECK(y->is_contiguous(), name, " must be contiguous");
-  return y->const_data_ptr();
 }
 
 // The parameters of a call but where the result goes.
@@ -107,9 +99,10 @@ Tensor upsample_conv_cpu(const Tensor& x, const Tensor& folded, bool relu, int64
 #endif
 #ifdef FLASHVSR_CUDA
 
+using flashvsr::where;
+
 void launch(Conv3x3Params p, const Tensor& x, std::initializer_list<const Tensor*> others, const Tensor& out) {
-  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
-  const int device = x.get_device_index();
+  const int device = flashvsr::check_device(x, others);
   STD_TORCH_CHECK(p.dtype == flashvsr::DType::bf16 || p.dtype == flashvsr::DType::f16,
                   "x must be bfloat16 or float16 on CUDA");
   STD_TORCH_CHECK(p.channels % 8 == 0 && p.outputs % 8 == 0, "channels must be multiples of 8 on CUDA, got ",
@@ -120,10 +113,7 @@ void launch(Conv3x3Params p, const Tensor& x, std::initializer_list<const Tensor
                   "out must be (", p.pictures * p.steps, ", ", p.height * scale, ", ", p.width * scale, ", ",
                   p.outputs, ")");
   check_like("out", out, x);
-  for (const Tensor* y : others)
-    STD_TORCH_CHECK(y == nullptr || (y->is_cuda() && y->get_device_index() == device), "all must be on x's device");
-  for (const void* at : {p.x, p.past, p.weight, p.bias, p.residual, out.const_data_ptr()})
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % 16 == 0, "tensors must begin at a multiple of 16 bytes");
+  flashvsr::check_aligned({p.x, p.past, p.weight, p.bias, p.residual, out.const_data_ptr()});
   // Blocks of the launch, of which there may be so many across, down, and of pictures; places in int32.
   STD_TORCH_CHECK(p.pictures <= 65535 && p.height <= 65535 * 16 &&
                       p.height * p.width <= std::numeric_limits<int>::max() &&
@@ -137,8 +127,6 @@ void launch(Conv3x3Params p, const Tensor& x, std::initializer_list<const Tensor
   const char* error = flashvsr_conv3x3_cuda(&p, device, stream);
   STD_TORCH_CHECK(error == nullptr, "conv3x3_cuda was not launched: ", error);
 }
-
-const Tensor* where(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }
 
 void conv3x3_cuda(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> past,
                   std::optional<Tensor> residual, bool relu, const Tensor& out) {

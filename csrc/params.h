@@ -46,4 +46,24 @@ struct Conv3x3Params {
   DType dtype;  // f32 or bf16 on a CPU, bf16 or f16 on a GPU
 };
 
+// Strides count elements; the last dimension, channels, is contiguous.
+struct ClipStrides {
+  int64_t batch, frame, row, column;
+};
+
+// out's step t: a sum of 3x3 convolutions of frames 2 t - 2 to 2 t + 1, or without tail of 2 t and 2 t + 1, and SiLU of
+// its RMS norm over the channels.
+struct CausalConv3dParams {
+  const void *x, *tail;  // (B, 2 T, H, W, C); (B, 2, H, W, C), the frames before x, or null
+  const void* weight;    // (O, 4, 3, 3, C), without tail (O, 2, 3, 3, C)
+  const void* bias;      // (O,)
+  const void* gamma;     // (O,) or null for no norm
+  void* out;             // (B, T, H, W, O), contiguous
+  float* squares;        // with gamma (ceil(O / 64), B T H W): what the sums of squares are made of
+  ClipStrides x_strides, tail_strides;
+  int64_t batches, steps, height, width;  // B, T, H, W
+  int channels, outputs;                  // C, O
+  DType dtype;                            // bf16 or f16
+};
+
 }  // namespace flashvsr

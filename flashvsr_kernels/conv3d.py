@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from . import _triton, reference
+from . import _native, _triton, reference
 from ._operator import define_differentiable
 from .backends import Backend, pick, register
 
@@ -17,9 +17,9 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, 
     weight: (O, C, 4, 3, 3), or without tail (O, C, 2, 3, 3); kernels want it channels_last_3d in memory, as they
        never copy it    bias: (O,), contiguous for kernels, as gamma
     gamma: (O,) adds SiLU(y / sqrt(mean(y^2) + 1e-24) * gamma) over the channels, float32 inside
-    backend: "triton" (sm_80 up) and "hopper" (Gluon, sm_90), bf16 and fp16; "reference" (PyTorch); None for the
-       first that can run the call. hopper wants pictures of 16 rows and 8 columns at least, C and O multiples of 8,
-       and rows 16-byte aligned
+    backend: "hopper" (Gluon, sm_90), "triton" and "cuda" (CUDA C++), both sm_80 up, all three bf16 and fp16;
+       "reference" (PyTorch); None for the first that can run the call. hopper and cuda want C and O multiples of 8 and
+       rows 16-byte aligned, hopper also pictures of 16 rows and 8 columns at least
     Returns (B, T / 2, H, W, O), contiguous. Differentiable by way of the reference.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the call.
     """
@@ -75,6 +75,17 @@ def _run_hopper(*call: Tensor | None) -> Tensor:
     return conv3d_hopper.forward(*call)
 
 
+def _run_cuda(x: Tensor, weight: Tensor, *call: Tensor | None) -> Tensor:
+    B, T, H, W, _ = x.shape
+    out = x.new_empty((B, T // 2, H, W, len(weight)))
+    torch.ops.flashvsr.causal_conv3d_cuda(x, weight, *call, out)
+    return out
+
+
+def _cuda_available() -> str | None:
+    return _native.cuda_available() or _native.built("causal_conv3d_cuda")
+
+
 def _gpu_supports(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma: Tensor | None) -> str | None:
     if x.device.type != "cuda":
         return f"runs on a CUDA device, x is on {x.device}"
@@ -95,19 +106,42 @@ def _hopper_supports(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | Non
         return reason
     if x.shape[2] < 16 or x.shape[3] < 8:
         return f"pictures must have 16 rows and 8 columns at least, x is {tuple(x.shape)}"
+    if reason := _chunked(x=x, weight=weight, tail=tail):
+        return reason
+    for name, value in (("x", x), ("tail", tail)):
+        if value is not None and any(n > 1 and s <= 0 for n, s in zip(value.shape[:4], value.stride())):
+            return f"rows of {name} must be distinct, its strides are {value.stride()}"
+    return None
+
+
+def _cuda_supports(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma: Tensor | None) -> str | None:
+    if reason := _gpu_supports(x, weight, bias, tail, gamma):
+        return reason
+    if reason := _chunked(x=x, weight=weight, tail=tail, bias=bias, gamma=gamma):
+        return reason
+    (B, T, H, W, _), O = x.shape, weight.shape[0]
+    tiles = B * T // 2 * (H // 16 + 1) * (W // 16 + 1) * (O // 64 + 1)
+    if B * T * H * W >= 2 ** 31 or tiles >= 2 ** 31:  # blocks of a launch, and places in int32
+        return f"pictures are too many or too large for it: x is {tuple(x.shape)}, output channels are {O}"
+    return None
+
+
+def _chunked(x: Tensor, weight: Tensor, tail: Tensor | None, **vectors: Tensor | None) -> str | None:
+    """None if channels can be read 8 at a time, 16 bytes, else the reason."""
     if x.shape[4] % 8 or weight.shape[0] % 8:
         return f"channels must be multiples of 8, weight is {tuple(weight.shape)}"
-    for name, value in (("x", x), ("weight", weight), ("tail", tail)):
+    for name, value in dict(x=x, weight=weight, tail=tail, **vectors).items():
         if value is not None and value.data_ptr() % 16:
             return f"{name} must begin at a multiple of 16 bytes"
     for name, value in (("x", x), ("tail", tail)):
-        if value is not None and any(n > 1 and (s % 8 or s <= 0) for n, s in zip(value.shape[:4], value.stride())):
-            return f"rows of {name} must be distinct and 16-byte aligned, its strides are {value.stride()}"
+        if value is not None and any(n > 1 and s % 8 for n, s in zip(value.shape[:4], value.stride())):
+            return f"rows of {name} must be 16-byte aligned, its strides are {value.stride()}"
     return None
 
 
 register("causal_conv3d", Backend("hopper", _run_hopper, _triton.hopper_available, _hopper_supports),
          Backend("triton", _run_triton, _triton.available, _gpu_supports),
+         Backend("cuda", _run_cuda, _cuda_available, _cuda_supports),
          Backend("reference", _run_reference))
 
 

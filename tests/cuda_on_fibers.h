@@ -14,6 +14,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -153,11 +154,24 @@ void launch(Kernel kernel, dim3 grid, int block_threads, int bytes, const Params
 
 }  // namespace fibers
 
+inline float __shfl_xor_sync(unsigned, float x, int other) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  fibers::give({bits});
+  memcpy(&x, fibers::from(fibers::now % 32 ^ other), 4);
+  return x;
+}
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
 inline uint64_t __cvta_generic_to_shared(const void* x) {
   return static_cast<const uint8_t*>(x) - fibers::memory + fibers::kFirst;
 }
 
 namespace flashvsr {
+
+inline float exp2_fast(float x) { return exp2f(x); }
 
 inline int thread_index() { return fibers::now; }
 

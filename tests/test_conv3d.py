@@ -8,7 +8,7 @@ from flashvsr_kernels.conv3d import fold_repeat
 from tests.error_rule import check
 
 
-ON_GPU = "triton", "hopper"
+ON_GPU = "triton", "hopper", "cuda"
 
 
 def make(B=1, T=4, H=3, W=5, C=6, O=7, dtype=torch.float64, taps=4):
