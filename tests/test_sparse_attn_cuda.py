@@ -126,6 +126,19 @@ def test_maximum_in_the_last_block(dtype):
     check(*call(q, k, v, mask), q, k, v, mask)
 
 
+@pytest.mark.parametrize("growth", [.5, 2.5, 3.5, 7, 12])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_one_hot_key(dtype, growth):
+    """On both sides of the growth from which the top of a row follows its maximum, to base 2."""
+    q, k, v, mask = make(128, 384, 64, dtype)
+    mask[...] = True
+    q[...], k[...] = 0, 0
+    q[..., 0], k[..., 0] = torch.linspace(6, 10, 128, device="cuda")[:, None], -25
+    k[:, [0, 383], :, 0] = 0
+    k[:, 200, :, 0] = growth / 1.4427
+    check(*call(q, k, v, mask), q, k, v, mask)
+
+
 @with_and_without_others
 def test_same_bits_500_times(others):
     q, k, v, mask = make(1024, 2048, 128, torch.bfloat16)

@@ -129,7 +129,7 @@ MISTAKES = {
     "the ring's phase of values": ("mbarrier.wait(v_full.index(last & 1), last >> 1 & 1)", "pass"),
     "blocks of the tiles before not counted": ("        step += n\n        tile, n = _next(told)\n    if FIXED_MAX",
                                                "        tile, n = _next(told)\n    if FIXED_MAX"),
-    "sums not looked at": (" & (not_finite == 0)", ""),
+    "sums not looked at": (' & (gl.sum(gl.abs(acc), 1) < float("inf"))', ""),
     "nobody asks whether rows were bad": ("is_bad = gl.max(gl.where(good, 0, 1), 0)", "is_bad = 0")}
 
 

@@ -19,7 +19,10 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRowTiles = kBlock / kWarps / 16;     // of 16 rows, for each warp
 constexpr int kKeys = 64, kTiles = kBlock / kKeys;  // of a tile; tiles of a block
 constexpr int kSlots = 3;
-constexpr int kChunk = 8;  // elements in 16 bytes
+constexpr int kChunk = 8;         // elements in 16 bytes
+// By how much, to base 2, a row may outgrow its top. A key that has nearly all of a row's weight must have the weight 1,
+// which needs no rounding: one that has outgrown the key that set the top by less leaves that a ninth.
+constexpr float kMostGrowth = 3;
 template <int D>
 constexpr int kTileBytes = kKeys * D * 2;
 template <int D>
@@ -156,9 +159,8 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
           for (int c = 0; c < 4; ++c)
             if (n * 8 + lane() % 4 * 2 + c % 2 >= keys) score[t][n][c] = -INFINITY;
 
-    // Where a row of the warp has a new maximum, what came before shrinks. Not only where it has grown by much: the
-    // weight of a key that has nearly all is 1 then, and needs no rounding. A list's first tile has a key, so top is
-    // finite from then on.
+    // top follows the maximum only when a row of the warp has outgrown it; what came before shrinks then. A
+    // list's first tile has a key, so top is finite from then on.
     float most[kRowTiles][2];
     bool grown = false;
 #pragma unroll
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) m = fmaxf(m, fmaxf(score[t][n][2 * i], score[t][n][2 * i + 1]));
         most[t][i] = m * factor;
-        grown |= most[t][i] > top[t][i];
+        grown |= most[t][i] > top[t][i] + kMostGrowth;
       }
     if (__any_sync(~0u, grown))
 #pragma unroll
