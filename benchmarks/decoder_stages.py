@@ -5,7 +5,7 @@ modules with the same random weights. Colour statistics of the source are given 
 """
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -145,13 +145,13 @@ def _compiled(function: Callable, compiled: bool) -> Callable:
 
 
 @contextmanager
-def preferring(backend: str) -> Iterator[None]:
-    """Puts backend first in the tables of all ops, or "apart", what is made of other ops, and the reference last.
+def preferring(backend: str, ops: Iterable[str] | None = None) -> Iterator[None]:
+    """Puts backend first in the tables of ops, None: all, or "apart", what is made of other ops, and the reference last.
     What backend cannot run the next one does; used tells.
     """
     before = dict(_tables)
-    for op, table in before.items():
-        _tables[op] = tuple(sorted(table, key=lambda b: (b.name not in (backend, "apart"), b.name == "reference")))
+    for op in before if ops is None else ops:
+        _tables[op] = tuple(sorted(before[op], key=lambda b: (b.name not in (backend, "apart"), b.name == "reference")))
     try:
         yield
     finally:

@@ -1,12 +1,14 @@
 """The decoder's benchmark: its calls and peers, its stages, and runs of it and of its check on a CPU."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import (bench_decoder, check, decoder_cases, decoder_peers, decoder_stages, machine, peers, plain,
-                        plot_bars, timing)
+from benchmarks import (bench_cpu_convolutions, bench_decoder, check, decoder_cases, decoder_peers, decoder_stages,
+                        machine, peers, plain, plot_bars, timing)
+from flashvsr_kernels import backends, conv3x3
 from flashvsr_kernels.backends import _tables
 
 PICTURE = "128x128"
@@ -81,6 +83,8 @@ def test_one_backend_is_preferred_and_what_ran_is_told():
             assert all(table[-1].name == "reference" for table in _tables.values())
             raise RuntimeError("stop")
     assert dict(_tables) == before
+    with decoder_stages.preferring("reference", ["conv3x3"]):
+        assert _tables["conv3x3"][0].name == "reference" and _tables["rgb_conv"] == before["rgb_conv"]
     work = decoder_stages.Work(decoder_stages.Stage("decoder", PICTURE, "compact", "fp32"), "cpu")
     with torch.no_grad():
         assert decoder_stages.used(work.ours("reference")) == {
@@ -88,6 +92,22 @@ def test_one_backend_is_preferred_and_what_ran_is_told():
             "upsample_conv reference": 2 * (1 + 2 + 4 * 3), "rgb_conv reference": 8 * 3, "rgb_head apart": 8,
             "adain_uint8 reference": 8}
     assert dict(_tables) == before
+
+
+def test_convolutions_on_a_cpu_take_turns(tmp_path, capsys, monkeypatch):
+    """Of a stream that is one convolution."""
+    if (reason := backends()["conv3x3"]["cpu"]) is not None:
+        pytest.skip(reason)
+    x = torch.randn(1, 16, 16, 16)
+    weight = torch.randn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    stream = SimpleNamespace(start=lambda: None, push=lambda: conv3x3(x, weight))
+    monkeypatch.setattr(bench_cpu_convolutions, "random_model", lambda *_: None)
+    monkeypatch.setattr(bench_cpu_convolutions, "Stream", lambda *_: stream)
+    path, threads = tmp_path / "a.json", str(torch.get_num_threads())
+    assert bench_cpu_convolutions.main(["--seconds", "0", "--threads", threads, "--json", str(path)]) == 0
+    ours, peer = json.loads(path.read_text())["rows"]
+    assert (ours["used"], peer["used"]) == ({"conv3x3 cpu": 1}, {"conv3x3 reference": 1})
+    assert f"{ours['as_fast_as']['pytorch']:.3f} times as fast" in capsys.readouterr().out
 
 
 def test_a_run_prints_and_writes_every_contestant(tmp_path, capsys, monkeypatch):
