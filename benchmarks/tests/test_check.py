@@ -113,7 +113,7 @@ def test_the_static_part_records_and_gates(tmp_path, monkeypatch, capsys):
 
 def test_committed_figures_are_those_that_are_gated():
     figures = json.loads((check.RESULTS / "attention_ratios.json").read_text())
-    for instructions in "avx2", "avx512bf16":
+    for instructions in "avx2", "avx512", "avx512bf16":
         assert {f"{case.key}/cpu" for case in check.cases("cpu")} == set(figures[f"cpu {instructions}"]["ratios"])
     for name, entry in figures.items():
         assert {"torch", "triton", "commit"} <= entry["about"].keys(), name
