@@ -1,6 +1,6 @@
 """Block-sparse attention, ours and others', on the same lists: time, rate, and how near to ideal.
 
-    python -m benchmarks.bench_attention [--quick] [--thirty] [--json FILE.json --plot FILE.png]
+    python -m benchmarks.bench_attention [--quick] [--thirty] [--no-product] [--json FILE.json --plot FILE.png]
 
 First a line with the machine; then one line for each case and contestant: median, 20th and 80th percentile of
 the time; TFLOP/s on the kept blocks (4 D 128^2 a block forward, 2.5 times that backward; dense attention: all
@@ -67,22 +67,29 @@ def timed(made: Contestant, work: Work) -> tuple[Recorded, Tensor | tuple[Tensor
     return recorded, held["result"], made.heads_first
 
 
-def run(case: Case, names: list[str], device: str, seconds: float,
-        turn: str = "short") -> tuple[list[dict], list[dict]]:
-    """Rows of the contestants that run the case, and the refusals of those that do not."""
+def run(case: Case, names: list[str], device: str, seconds: float, turn: str = "short",
+        product: bool = True) -> tuple[list[dict], list[dict]]:
+    """Rows of the contestants that run the case, and the refusals of those that do not.
+
+    product: whether the large one takes turns with them; if not, no rate is told as a part of its
+    """
     work = Work.of(case, device)
     ready, errors, refused = gather([DENSE[device], *names], work)
-    product, product_flop = gemm(device, case.dtype)
-    product()
-    times = measure({"gemm": product} | {name: made.call for name, made in ready.items()}, device, seconds, turn)
+    calls = {name: made.call for name, made in ready.items()}
+    if product:
+        multiply, product_flop = gemm(device, case.dtype)
+        multiply()
+        calls = {"gemm": multiply} | calls
+    times = measure(calls, device, seconds, turn)
     lists = measure({"lists": lambda: BlockMask.from_dense(work.dense)}, device, seconds / 20)["lists"]
-    dense, rate = times.get(DENSE[device]), product_flop / summary(times["gemm"])["us"] / 1e6
+    dense = times.get(DENSE[device])
     rows = []
     for name, found in times.items():
         row = {"case": case.key, "contestant": name, **summary(found), "density": work.density, "cv": work.cv}
         flop = product_flop if name == "gemm" else work.flop / (work.density if name in EXACT else 1)
         row["tflops"] = flop / row["us"] / 1e6
-        row["of_gemm"] = row["tflops"] / rate
+        if product:
+            row["of_gemm"] = flop / row["us"] / (product_flop / summary(times["gemm"])["us"])
         if dense and name != "gemm":
             row["of_ideal"] = work.density * ratio(dense, found, len(times))
         if name in ready:
@@ -209,6 +216,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases named with all of these")
     parser.add_argument("--seconds", type=float, default=4, help="of timing for a case, at least")
+    parser.add_argument("--no-product", dest="product", action="store_false",
+                        help="leave the large product out of the turns, as where attention's goals were set")
     ask_turn(parser)
     parser.add_argument("--commit", help="what to record where this is no git repository")
     parser.add_argument("--json", type=Path, help="write the figures, case by case")
@@ -230,11 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     for why in absent.values():
         print(f"peer {why}")
     names = (args.backends or BACKENDS[args.device]) + [name for name in wanted if name not in absent]
-    document = {"machine": facts, "seconds": args.seconds, "turn": args.turn,
+    document = {"machine": facts, "seconds": args.seconds, "turn": args.turn, "product": args.product,
                 "rows": [], "refused": [], "lists": []}
     bad = []
     for case in args.cases:
-        rows, refused = run(case, names, args.device, args.seconds, args.turn)
+        rows, refused = run(case, names, args.device, args.seconds, args.turn, args.product)
         document["rows"] += rows
         document["refused"] += refused
         bad += wrong(rows, refused)

@@ -158,6 +158,14 @@ def test_turns_are_asked_for_and_written(bench, turn, tmp_path, monkeypatch):
     assert document["turn"] == turn and {row["us"] for row in document["rows"]} == {2000}
 
 
+def test_the_product_may_be_left_out(small, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    assert bench_attention.main([*small, "fwd", "--backends", "reference", "--no-product", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert not document["product"] and {row["contestant"] for row in document["rows"]} == {"sdpa", "sdpa-masked", "reference"}
+    assert not any("of_gemm" in row for row in document["rows"]) and "    - of GEMM" in capsys.readouterr().out
+
+
 def test_what_cannot_run_says_why(small, capsys):
     assert bench_attention.main([*small, "fwd", "--backends", "hopper", "--peers"]) == 0
     assert "hopper       not run: NotImplementedError: sparse_attn: backend" in capsys.readouterr().out
