@@ -68,7 +68,7 @@ def order_of(count: Tensor, columns: int | None) -> Tensor:
 
 def _early(x: Tensor) -> dict[str, bool]:
     """For a kernel that begins with _await: whether it may start early on x's device."""
-    early = x.device.type != "cpu" and _triton.capability() >= 90
+    early = _triton.capability(x) >= 90
     return {"EARLY": early, "launch_pdl": early}
 
 

@@ -34,7 +34,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, gamma:
     """
     B, T, H, W, C = x.shape
     O = weight.shape[0]
-    chosen = config(_triton.capability() if x.is_cuda else 80, O)
+    chosen = config(_triton.capability(x), O)
     out = torch.empty((B, T // 2, H, W, O), dtype=x.dtype, device=x.device)
     parts, tiles = triton.cdiv(O, chosen["BO"]), triton.cdiv(H * W, chosen["BP"])
     # Sums of squares by tile, not by atomic addition: the same bits every time.

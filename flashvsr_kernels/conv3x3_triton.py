@@ -55,7 +55,7 @@ def _launch(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor | None,
     N, H, W, C = x.shape
     O, pixels = out.shape[3], N * H * W
     with torch.cuda.device_of(x):
-        chosen = config(_triton.capability() if x.is_cuda else 80, C, O)
+        chosen = config(_triton.capability(x), C, O)
         tile_o, tile_p = chosen["tile_o"], chosen["tile_p"]
         _conv[(triton.cdiv(pixels, tile_p) * sets * triton.cdiv(O, tile_o),)](
             x, past, weight, bias, residual, out, pixels, H, W, C=C, O=O, SETS=sets, TAPS=taps, RELU=relu,

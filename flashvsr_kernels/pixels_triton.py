@@ -39,10 +39,12 @@ def enlarge(frames: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty((T, 4 * h, 4 * w, 3), dtype=torch.uint8, device=frames.device)
     tiles = triton.cdiv(12 * w, ENLARGED)
     parts = torch.empty((T, h * tiles, 6), dtype=torch.int32, device=frames.device)
+    # Offsets inside a row of pixels. int32 takes half the registers.
+    offset = tl.int64 if w * abs(frames.stride(2)) + 2 * abs(frames.stride(3)) >= 2 ** 31 else tl.int32
     if T:
         with torch.cuda.device_of(frames):
             _enlarge[(tiles, h, T)](frames, reference.bicubic_taps(frames.device), out, parts,
-                                    *frames.stride(), h, w, N=ENLARGED, num_warps=4)
+                                    *frames.stride(), h, w, N=ENLARGED, OFFSET=offset, num_warps=4)
     return out, means(parts, 16 * h * w, 255)
 
 
@@ -63,7 +65,7 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, box: list[int], out_dtype:
     """Arguments and results as for the public rgb_conv, x with contiguous channels. No moments: none of no picture."""
     N, H, W, C = x.shape
     top, left, height, width = box
-    chosen = config(_triton.capability() if x.is_cuda else 80, C)
+    chosen = config(_triton.capability(x), C)
     tiles = triton.cdiv(width, chosen["width"] - 2)
     rows = strip(height, tiles * N, x.device)
     strips = triton.cdiv(height, rows)
@@ -154,18 +156,19 @@ def _inside(i, n):
 
 
 @triton.jit(do_not_specialize=["h"])
-def _enlarge(frames, taps, out, parts, st, sy, sx, sc, h, w, N: tl.constexpr):
+def _enlarge(frames, taps, out, parts, st, sy, sx, sc, h, w, N: tl.constexpr, OFFSET: tl.constexpr):
     """One program makes N values of the four output rows of one input row.
 
     Taps outside the picture have weight 0; they are read at its border.
+    OFFSET: type of offsets inside a row of pixels
     """
     i_tile, i_y, i_t = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_value = i_tile * N + tl.arange(0, N)  # [N], of an output row
     o_out, o_channel = o_value // 3, o_value % 3
     i_x = tl.minimum(o_out // 4, w - 1)
     k = _load_taps(taps, i_x, w, o_out % 4)
-    i_first = (i_x - 2 + o_out % 4 // 2).to(tl.int64)
-    o_c = o_channel.to(tl.int64) * sc
+    i_first = (i_x - 2 + o_out % 4 // 2).to(OFFSET)
+    o_c = o_channel.to(OFFSET) * sc
     o = (_inside(i_first, w) * sx + o_c, _inside(i_first + 1, w) * sx + o_c,
          _inside(i_first + 2, w) * sx + o_c, _inside(i_first + 3, w) * sx + o_c)
     p_frame = frames + i_t * st

@@ -40,7 +40,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     B, Lq, H, D = q.shape
     Lk, Mq = k.shape[1], count.shape[2]
     Mk = -(-Lk // BLOCK)
-    chosen = config(_triton.capability() if q.is_cuda else 80, D)  # on a CPU it is interpreted: any will do
+    chosen = config(_triton.capability(q), D)
     grad, q, k, v = (readable(x) for x in (grad, q, k, v))
     strides = [stride for x in (grad, q, k, v) for stride in x.stride()[:3]]
     numbers = *strides, scale, scale * math.log2(math.e), H, Lq, Lk, Mq, Mk

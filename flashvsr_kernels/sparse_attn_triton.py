@@ -41,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, order
     out = torch.empty((B, Lq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Lq), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        chosen = config(_triton.capability() if q.is_cuda else 80, D)
+        chosen = config(_triton.capability(q), D)
         wide = BLOCK * max(q.stride(1), k.stride(1), v.stride(1)) >= 2 ** 31
         _forward[(order.numel(),)](
             q, k, v, index, count, order, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

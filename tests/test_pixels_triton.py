@@ -181,7 +181,7 @@ def test_large(N, H, W, C, box):
         rgb, moments, source, out_dtype=out_dtype, truncate=truncate, backend="triton"), rgb, source, False)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu  # the interpreter copies all of the memory
 def test_far_apart():
     """Channels, rows, pixels and pictures 2^30 elements and more apart."""
     near = torch.randint(0, 256, (2, 3, 4, 3), dtype=torch.uint8, device="cuda")
