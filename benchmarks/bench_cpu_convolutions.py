@@ -19,7 +19,7 @@ from .decoder_stages import preferring, used
 from .timing import measure, ratio, summary
 from .upscaler_stream import FEWEST, Stream, random_model, usual
 
-CONVOLUTIONS = "conv3x3", "upsample_conv", "rgb_conv", "rgb_head"
+CONVOLUTIONS = "conv3x3", "upsample_conv", "rgb_conv"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
     (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse. Gradients on a GPU are made from
-    the result as rounded to q's dtype, about 1.2 times plain PyTorch's error with two keys, less than it from five.
+    the result as rounded to q's dtype, with two keys about 1.2 times plain PyTorch's error, less than it from five.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.
     """
