@@ -66,15 +66,15 @@ def rows_of(key: str, ready: dict[str, Contestant], amount: float, bound: str, d
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-def run(case: Case, names: list[str], device: str, seconds: float,
+def run(case: Case, names: list[str], against: list[str], device: str, seconds: float,
         turn: str = "short") -> tuple[list[dict], list[dict]]:
     """Rows of the contestants that run the case, and the refusals of those that do not.
 
-    names: of ours; if none of them runs there are no rows. The peers are all of decoder_peers.peers
+    names: of ours; if none of them runs there are no rows    against: of decoder_peers.peers
     """
     sets = make_sets(case, device)
     ready, errors, refused, true = {}, {}, [], exact(case, sets[0])
-    for name in [*names, *peers(case, device)]:
+    for name in [*names, *against]:
         if not any(one in OURS for one in ready) and name not in names:
             break
         try:
@@ -87,7 +87,7 @@ def run(case: Case, names: list[str], device: str, seconds: float,
     if ready:
         bound = "bytes" if case.op in BYTES else "flop"
         amount = case.bytes if case.op in BYTES else case.flop
-        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, peers(case, device), turn)
+        rows = rows_of(case.key, ready, amount, bound, case.dtype, device, seconds, against, turn)
     for row in rows:
         if row["contestant"] in errors:
             row["error"] = float(f"{errors[row['contestant']]:.3g}")
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(case, Stage):
             rows, refused = run_stage(case, names, args.compile, args.device, args.seconds, args.turn)
         else:
-            rows, refused = run(case, names, args.device, args.seconds, args.turn)
+            rows, refused = run(case, names, peers(case, args.device), args.device, args.seconds, args.turn)
         document["rows"] += rows
         document["refused"] += refused
         bad += wrong(rows, refused, WORST_STAGE if isinstance(case, Stage) else WORST)

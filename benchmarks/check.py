@@ -61,17 +61,18 @@ def ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
 def decoder_ratios(device: str, seconds: float) -> tuple[dict[str, float], list[str]]:
     """Of each "case/backend" of ours that runs here the time of PyTorch's own, first in decoder_peers.peers, over ours,
     and what was wrong with results. The calls that take most of decoder and projector. cuDNN picks its algorithms
-    anew in each process, whose times differ by 10 %: on a GPU ours are held against the product where computing binds.
+    anew in each process, whose times differ by 10 %: on a GPU ours are held against the product where computing binds,
+    and take turns with it alone.
     """
     found, wrong, names = {}, [], [name for name in decoder_peers.BACKENDS[device] if name != "reference"]
     for case in decoder_cases.grid(device, quick=True):
+        computes = device == "cuda" and case.op not in decoder_cases.BYTES
         peer = decoder_peers.peers(case, device)[0]
-        rows, refused = bench_decoder.run(case, names, device, seconds)
+        rows, refused = bench_decoder.run(case, names, [] if computes else [peer], device, seconds)
         for row in rows + refused:
             print(bench_decoder.line(row), flush=True)
-        found |= {f"{row['case']}/{row['contestant']}":
-                  row["of_gemm"] if device == "cuda" and "of_gemm" in row else row["of_peer"][peer]
-                  for row in rows if peer in row.get("of_peer", {})}
+        found |= {f"{row['case']}/{row['contestant']}": row["of_gemm"] if computes else row["of_peer"][peer]
+                  for row in rows if row["contestant"] in names and (computes or peer in row["of_peer"])}
         wrong += [f"{row['case']}/{row['contestant']}: {row.get('refused', 'error ' + str(row.get('error')))}"
                   for row in bench_decoder.wrong(rows, refused, bench_decoder.WORST)]
     return found, wrong

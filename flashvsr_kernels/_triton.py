@@ -45,7 +45,7 @@ def capability(x: torch.Tensor | None = None) -> int:
     """Compute capability of the GPU that x is on, None: of the current one, as one number, 90 for 9.0; 80 for a tensor
     on a CPU, where kernels are interpreted and any will do.
     """
-    if x is not None and not x.is_cuda:
+    if x is not None and x.device.type == "cpu":
         return 80
     major, minor = torch.cuda.get_device_capability(None if x is None else x.device)
     return major * 10 + minor

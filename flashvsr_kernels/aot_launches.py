@@ -125,14 +125,9 @@ def _launch(module: str, function: str, *arguments: object) -> None:
     getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
 
 
-class _Tensor(Tensor):
-    """A meta tensor that launchers take for one on the GPU."""
-    is_cuda = True
-
-
 def meta(dtype: torch.dtype, *shape: int) -> Tensor:
     """A tensor for launches: shape and strides, no memory."""
-    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(_Tensor)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _lists(Mq: int, Mk: int) -> tuple[Tensor, Tensor, Tensor]:
