@@ -129,11 +129,15 @@ FIGURES = [path for path in check.RESULTS.glob("*_h[0-9]*.json")]
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_committed_figures_are_of_what_their_name_says(path):
-    """A kind, a GPU, and perhaps a picture's size, a sparse ratio or what turns; the commit is told."""
+    """A kind, a GPU, and perhaps a picture's size, a sparse ratio, or which turns, with a product or not; the commit is told."""
     kind, gpu, *what = path.stem.split("_")[0:1] + path.stem.partition("_h")[2].split("_")
     document = json.loads(path.read_text())
     assert document["rows"] and all(map(KINDS[kind], document["rows"]))
     assert document["machine"]["gpu"].startswith(f"NVIDIA H{gpu}") and document["machine"]["commit"]
     for word in what:
-        assert word == "large" or (document["turn"] == word if word in timing.TURNS else
-                                   all(word in row["case"] for row in document["rows"]))
+        if word in timing.TURNS:
+            assert document["turn"] == word
+        elif word == "no-product":
+            assert document["product"] is False and all(row["contestant"] != "gemm" for row in document["rows"])
+        else:
+            assert word == "large" or all(word in row["case"] for row in document["rows"])
