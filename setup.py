@@ -189,7 +189,7 @@ def gencode(arch):
 
 def object_file(source, command, plan):
     """Where the object lies: its name tells all that it was made from, so one that exists is up to date."""
-    versions = (plan.cxx_version, plan.torch_version, plan.nvcc_version)
+    versions = (plan.cxx_version, plan.torch_version, plan.nvcc_version if command[0] == plan.nvcc else None)
     made_from = hashlib.sha256(repr((command, versions)).encode())
     for path in (source, *sorted(CSRC.rglob("*.h"))):
         made_from.update(path.read_bytes())

@@ -15,7 +15,6 @@ from tests.other_work import changed, with_and_without_others
 from tests.replayed import check_replays
 
 NAN = float("nan")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # B, T, H, W, C, O
 SHAPES = {"whole tiles": (1, 2, 32, 16, 64, 128), "partial tiles": (2, 4, 19, 13, 72, 200),
           "least": (1, 2, 16, 8, 8, 8), "odd number of tiles": (1, 2, 48, 8, 64, 264)}
@@ -97,13 +96,18 @@ def check_call(*call):
     check(out, reference.causal_conv3d(*call), exact)
 
 
-@pytest.mark.parametrize("dtype, context, norm", [("bf16", True, True), ("bf16", False, False), ("fp16", True, True)],
-                         ids=["bf16-context and norm", "bf16-neither", "fp16-context and norm"])
+@pytest.mark.parametrize("context", [True, False], ids=["context and norm", "neither"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_float64_reference(device, monkeypatch, shape, way, dtype, context, norm):
+def test_float64_reference(device, monkeypatch, shape, way, context):
     monkeypatch.setattr(conv3d_hopper, "config", lambda *_: way)
-    check_call(*make(*shape, DTYPES[dtype], device, context, norm))
+    check_call(*make(*shape, torch.bfloat16, device, context, context))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_fp16(device, monkeypatch, way):
+    monkeypatch.setattr(conv3d_hopper, "config", lambda *_: way)
+    check_call(*make(*SHAPES["least"], torch.float16, device))
 
 
 MISTAKES = {

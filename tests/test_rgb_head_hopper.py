@@ -78,12 +78,12 @@ def adds(request):
     return request.param
 
 
-@pytest.mark.parametrize("N, box", [(1, (0, 0, 18, 20)), (2, (3, 2, 11, 9)), (1, (17, 19, 1, 1)), (2, (0, 5, 1, 15))],
+@pytest.mark.parametrize("N, box", [(1, (0, 0, 10, 12)), (2, (3, 2, 5, 9)), (1, (9, 11, 1, 1)), (2, (0, 5, 1, 7))],
                          ids=str)
 def test_taps_are_added(adds, monkeypatch, N, box):
     """Planes of whole numbers: sums are exact, so that results and moments must be equal."""
     monkeypatch.setattr(rgb_head_hopper, "PIXELS", 8)
-    x = torch.zeros(N, 9, 10, 64, device=adds)
+    x = torch.zeros(N, 5, 6, 64, device=adds)
     rows = []
 
     def planes_instead(large, hidden, weight, planes, first):
@@ -95,9 +95,9 @@ def test_taps_are_added(adds, monkeypatch, N, box):
     rgb, moments = rgb_head_hopper.rgb_head(x, None, None, None, bias, box, torch.float32, True)
     top, left, height, width = box
     first = max(0, top - 1)
-    planes = torch.zeros(27, N, 20, 22, device=adds)  # the whole picture and a border
-    planes[:, :, 1 + first:1 + first + sum(part.shape[2] for part in rows), 1:21] = torch.cat(rows, 2)
-    taps = [[planes[9 * i + 3 * y + x, :, y:y + 18, x:x + 20] for y in range(3) for x in range(3)] for i in range(3)]
+    planes = torch.zeros(27, N, 12, 14, device=adds)  # the whole picture and a border
+    planes[:, :, 1 + first:1 + first + sum(part.shape[2] for part in rows), 1:13] = torch.cat(rows, 2)
+    taps = [[planes[9 * i + 3 * y + x, :, y:y + 10, x:x + 12] for y in range(3) for x in range(3)] for i in range(3)]
     whole = torch.stack([sum(taps[i]) + bias[i] for i in range(3)], -1)
     wanted = whole[:, top:top + height, left:left + width]
     assert torch.equal(rgb, wanted)
