@@ -14,9 +14,10 @@ unless
   - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
   - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running
     maximum, is rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
-Then the program, when it has served all its blocks, runs this one again with the running maximum. What stays: where 2,
-4, 8 ... equal keys outside the first block share a row's weight, their weights under the running maximum are exact as
-the one key's is; here they carry one rounding to bf16 more, which the lanes' shares need not tell.
+Then the program, when it has served all its blocks, runs this one again with the running maximum. What stays: where n
+equal keys outside the first block share a row's weight, and 1 / n is nearly a bf16 (2, 4, 8, 17, 256 ...), their
+weights under the running maximum are as exact as the one key's is; here they carry one rounding to bf16 more, which
+the lanes' shares need not tell.
 fp16 has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a
 stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
 first too.

@@ -20,8 +20,9 @@ constexpr int kRowTiles = kBlock / kWarps / 16;     // of 16 rows, for each warp
 constexpr int kKeys = 64, kTiles = kBlock / kKeys;  // of a tile; tiles of a block
 constexpr int kSlots = 3;
 constexpr int kChunk = 8;         // elements in 16 bytes
-// By how much, to base 2, a row may outgrow its top. A key that has nearly all of a row's weight must have the weight 1,
-// which needs no rounding: one that has outgrown the key that set the top by less leaves that a ninth.
+// By how much, to base 2, a row may outgrow its top. A key that has nearly all of a row's weight must have the weight
+// 1, which needs no rounding: one that has outgrown the key that set the top by less leaves that a ninth. Sixteen equal
+// keys leave it less, and their weights carry one rounding more than under the maximum.
 constexpr float kMostGrowth = 3;
 template <int D>
 constexpr int kTileBytes = kKeys * D * 2;
