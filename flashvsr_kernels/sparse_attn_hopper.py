@@ -9,15 +9,12 @@ the softmax of the current one.
 
 bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange
 between lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum,
-unless
-  - a row's sum passes 2^60, or a sum of products is not finite;
-  - scores are so large (2^12 in base 2) that their product with the scale cannot be rounded once;
-  - one key that is not in the first block has nearly all of a row's weight: its P, 1 under the running
-    maximum, is rounded to bf16 in the product but not in the sum. The lanes' shares of the sum tell.
-Then the program, when it has served all its blocks, runs this one again with the running maximum. What stays: where n
-equal keys outside the first block share a row's weight, and 1 / n is nearly a bf16 (2, 4, 8, 17, 256 ...), their
-weights under the running maximum are as exact as the one key's is; here they carry one rounding to bf16 more, which
-the lanes' shares need not tell.
+unless keys outgrow the first block so far that they have nearly all of a row's weight: alone or equal, they weigh
+1, 1 / 2 ... exactly, but P, 1 under their own maximum, is rounded to bf16 in the product and not in the sum. A block
+with such a key triples a lane's share of the sum; then the warp takes the maxima of this block.
+When a row's sum passes 2^60 or a sum of products is not finite, or when scores are so large (2^12 in base 2) that their
+product with the scale cannot be rounded once, the program runs the block again with the running maximum, after it
+has served all its blocks.
 fp16 has too few exponents and always runs the exact pass. Lists run from their last block to the first: in a
 stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
 first too.
@@ -207,10 +204,33 @@ def _shrunk(l, shrink):
 
 
 @gluon.jit
+def _at_once(x):
+    """x, 16 bits, computed here. The compiler would move that into each branch of what follows, behind exponentials
+    instead of among them. (With 64 channels that is faster.)"""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def _declare_vote():
+    _barrier(".reg .b32 vote; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def _has_greater(x, y):
+    """Whether this warp has an x (64, 4) greater than its y. A reduction to a scalar would make the four warps meet; a
+    register of the kernel's own takes the vote from tensors to scalars."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.f32 p, $2, $4; setp.gt.or.f32 p, $3, $5, p; vote.sync.any.pred p, p, 0xffffffff; "
+        "selp.b32 vote, 1, 0, p; mov.b32 $0, 0; mov.b32 $1, 0; }", "=r,=r,r,r,r,r", [x, y], dtype=gl.int32,
+        is_pure=False, pack=2)
+    return gl.inline_asm_elementwise("mov.b32 $0, vote;", "=r", [], dtype=gl.int32, is_pure=False, pack=1) > 0
+
+
+@gluon.jit
 def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX: gl.constexpr,
             PARTIAL: gl.constexpr):
-    """A consumer's pass over the list: sums of p v (64, D) and of p (64,), the largest of the lanes' shares
-    of the latter, and the maximum (64,), of all scores or of the first block's, times c.
+    """A consumer's pass over the list: sums of p v (64, D) and of p (64,), and the maximum (64,) they refer to, times
+    c: of all scores, or of the first block's and of those of blocks that outgrew it.
 
     edge: keys of the block that comes first    step: blocks that went through the ring before
     """
@@ -252,7 +272,7 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
         _free(K_FREE, at)
         if FIXED_MAX:
             p = gl.exp2(s * c - m_c[:, None])
-            l += _row_sums(p)
+            more = _row_sums(p)
             acc = warpgroup_mma_wait(0, deps=[pv])
         else:
             highest = gl.maximum(m, gl.max(s, 1))
@@ -260,21 +280,35 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
             m = highest
             # Not s c - m c in one instruction, which is not 0 at the maximum when scores are large.
             p = gl.exp2((s - m[:, None]) * c)
-            l = _shrunk(l, shrink) + _row_sums(p)
+            l = _shrunk(l, shrink)
+            more = _row_sums(p)
             acc = warpgroup_mma_wait(0, deps=[pv])
             acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         _free(V_FREE, at - 1)
         # Made before the wait, P in 16 bits makes ptxas put all wgmma in a row (its warning C7513).
-        b_p = gl.convert_layout(p.to(q.dtype), P)
+        rounded = p.to(q.dtype)
+        if FIXED_MAX and D == 128:
+            rounded = _at_once(rounded)
+        b_p = gl.convert_layout(rounded, P)
+        if FIXED_MAX:
+            if _has_greater(more, l * 2.0 + 1.0):
+                growth = gl.maximum(gl.max(p, 1), 1.0)
+                m_c += gl.log2(growth)
+                shrink = 1.0 / growth
+                l, more = _shrunk(l, shrink), _shrunk(more, shrink)
+                acc *= gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                b_p = gl.convert_layout((p * shrink[:, None]).to(q.dtype), P)
+        l += more
     last = step + n - 1
     mbarrier.wait(v_full.index(last & 1), last >> 1 & 1)
     pv = warpgroup_mma(b_p, v_ring.index(last & 1).reshape([128, D]), acc, is_async=True)
     R: gl.constexpr = gl.SliceLayout(1, O)
     total = gl.convert_layout(gl.sum(l, 1), R)
-    most = gl.convert_layout(gl.max(l, 1), R)
     acc = warpgroup_mma_wait(0, deps=[pv])
     _free(V_FREE, last)
-    return acc, total, most, gl.convert_layout(m, R) * c
+    if not FIXED_MAX:
+        m_c = m * c
+    return acc, total, gl.convert_layout(m_c, R)
 
 
 @gluon.jit
@@ -310,13 +344,12 @@ def _serve(W: gl.constexpr, tile, n, out_desc, lse, again, served, step, c, Lq, 
         q = q_tile.index(W).reshape([64, D])
         if D == 64 and FIXED_MAX:  # in registers a tenth faster; in all other forms as fast or slower
             q = q.load(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), 2))
-        acc, l, most, m = _attend(W, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
+        acc, l, m = _attend(W, q, n, edge, c, step, k_ring, v_ring, k_full, v_full, FIXED_MAX, PARTIAL)
         if FIXED_MAX:
             # Written so that NaN is bad too: the exact pass decides what it means. gl.max would drop it, and that
             # some column is not below infinity, asked of each, ptxas 12.8 takes to be false.
             in_range = (l < 2.0 ** 60) & (gl.abs(m) < 2.0 ** 12) & (gl.sum(gl.abs(acc), 1) < float("inf"))
-            good = in_range & ((l < 8.0) | (most < 0.98 * l))
-            is_bad = gl.max(gl.where(good, 0, 1), 0)
+            is_bad = gl.max(gl.where(in_range, 0, 1), 0)
         acc *= (1.0 / l)[:, None]
         log_sum = (m + gl.log2(l)) * 0.6931471805599453
     _barrier("bar.arrive 12, 288; mov.u32 $0, 0;")
@@ -373,6 +406,7 @@ def _consumer(W: gl.constexpr, out_desc, lse, again, c, Lq, H, Mq, q_tile, out_t
 def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, taken, again, c, Lq, Lk, H, Mq, cap,
                    tiles, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = k_desc.block_shape[3]
+    _declare_vote()
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     out_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     told = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
