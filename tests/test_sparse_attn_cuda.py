@@ -139,6 +139,20 @@ def test_one_hot_key(dtype, growth):
     check(*call(q, k, v, mask), q, k, v, mask)
 
 
+@pytest.mark.parametrize("growth", [1.3, 2.5, 6, 12])
+@pytest.mark.parametrize("keys", [1, 2, 4, 17, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_weight_on_equal_keys(dtype, keys, growth):
+    """Plain PyTorch's weights, 1, 1 / 2 ... of keys that outgrow the first tile, are exact or nearly so."""
+    q, k, v, mask = make(128, 384, 64, dtype)
+    mask[...] = True
+    q[...], k[...] = 0, 0
+    q[..., 0], k[..., 0] = torch.linspace(6, 10, 128, device="cuda")[:, None], -25
+    k[:, 0, :, 0] = 0
+    k[:, 128:128 + keys, :, 0] = growth / 1.4427
+    check(*call(q, k, v, mask), q, k, v, mask)
+
+
 @with_and_without_others
 def test_same_bits_500_times(others):
     q, k, v, mask = make(1024, 2048, 128, torch.bfloat16)

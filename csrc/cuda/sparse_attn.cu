@@ -20,10 +20,7 @@ constexpr int kRowTiles = kBlock / kWarps / 16;     // of 16 rows, for each warp
 constexpr int kKeys = 64, kTiles = kBlock / kKeys;  // of a tile; tiles of a block
 constexpr int kSlots = 3;
 constexpr int kChunk = 8;         // elements in 16 bytes
-// By how much, to base 2, a row may outgrow its top. A key that has nearly all of a row's weight must have the weight
-// 1, which needs no rounding: one that has outgrown the key that set the top by less leaves that a ninth. Sixteen equal
-// keys leave it less, and their weights carry one rounding more than under the maximum.
-constexpr float kMostGrowth = 3;
+constexpr float kMostGrowth = 8;  // weights of a row, 1 at its top, may become this large before the top follows
 template <int D>
 constexpr int kTileBytes = kKeys * D * 2;
 template <int D>
@@ -161,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
             if (n * 8 + lane() % 4 * 2 + c % 2 >= keys) score[t][n][c] = -INFINITY;
 
     // top follows the maximum only when a row of the warp has outgrown it; what came before shrinks then. A
-    // list's first tile has a key, so top is finite from then on.
+    // list's first tile has a key, so top is finite from then on. A key that has nearly all of a row's weight, or equal
+    // ones that have it, must have the weight 1, which needs no rounding: it is more than twice what came before.
     float most[kRowTiles][2];
     bool grown = false;
 #pragma unroll
@@ -172,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) m = fmaxf(m, fmaxf(score[t][n][2 * i], score[t][n][2 * i + 1]));
         most[t][i] = m * factor;
-        grown |= most[t][i] > top[t][i] + kMostGrowth;
+        grown |= exp2_fast(most[t][i] - top[t][i]) > fminf(kMostGrowth, fmaf(2, sum[t][i], 1));
       }
     if (__any_sync(~0u, grown))
 #pragma unroll
