@@ -19,8 +19,9 @@ fp16 has too few exponents and always runs the exact pass. Lists run from their 
 stream the newest keys, the likeliest to weigh most, come first; and the block that may be partial is the
 first too.
 
-Ideas: ping-pong of warpgroups and overlapped P V from FlashAttention-3 (arXiv 2407.08608). The fixed maximum,
-named barriers instead of mbarriers to free ring slots and sums kept per lane were found by experiment.
+Ideas: ping-pong of warpgroups and overlapped P V from FlashAttention-3 (arXiv 2407.08608), to rescale only where it
+is needed from FlashAttention-4. The fixed maximum, what tells that it is outgrown, named barriers instead of mbarriers
+to free ring slots and sums kept per lane were found by experiment.
 """
 import math
 
@@ -211,19 +212,19 @@ def _at_once(x):
 
 
 @gluon.jit
-def _declare_vote():
-    _barrier(".reg .b32 vote; mov.u32 $0, 0;")
+def _declare_any_lane():
+    _barrier(".reg .b32 any_lane; mov.u32 $0, 0;")
 
 
 @gluon.jit
 def _has_greater(x, y):
     """Whether this warp has an x (64, 4) greater than its y. A reduction to a scalar would make the four warps meet; a
-    register of the kernel's own takes the vote from tensors to scalars."""
+    register that _declare_any_lane declares takes the warp's vote from tensors to scalars."""
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.gt.f32 p, $2, $4; setp.gt.or.f32 p, $3, $5, p; vote.sync.any.pred p, p, 0xffffffff; "
-        "selp.b32 vote, 1, 0, p; mov.b32 $0, 0; mov.b32 $1, 0; }", "=r,=r,r,r,r,r", [x, y], dtype=gl.int32,
+        "selp.b32 any_lane, 1, 0, p; mov.b32 $0, 0; mov.b32 $1, 0; }", "=r,=r,r,r,r,r", [x, y], dtype=gl.int32,
         is_pure=False, pack=2)
-    return gl.inline_asm_elementwise("mov.b32 $0, vote;", "=r", [], dtype=gl.int32, is_pure=False, pack=1) > 0
+    return gl.inline_asm_elementwise("mov.b32 $0, any_lane;", "=r", [], dtype=gl.int32, is_pure=False, pack=1) > 0
 
 
 @gluon.jit
@@ -291,6 +292,7 @@ def _attend(W: gl.constexpr, q, n, edge, c, step, k_ring, v_ring, k_full, v_full
             rounded = _at_once(rounded)
         b_p = gl.convert_layout(rounded, P)
         if FIXED_MAX:
+            # A key heavier than all before it, if P was rounded: from here on it, and keys like it, have the P 1.
             if _has_greater(more, l * 2.0 + 1.0):
                 growth = gl.maximum(gl.max(p, 1), 1.0)
                 m_c += gl.log2(growth)
@@ -406,7 +408,7 @@ def _consumer(W: gl.constexpr, out_desc, lse, again, c, Lq, H, Mq, q_tile, out_t
 def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, index, count, order, taken, again, c, Lq, Lk, H, Mq, cap,
                    tiles, FIXED_MAX: gl.constexpr, PARTIAL: gl.constexpr):
     D: gl.constexpr = k_desc.block_shape[3]
-    _declare_vote()
+    _declare_any_lane()
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     out_tile = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 64, 1, D], q_desc.layout)
     told = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))

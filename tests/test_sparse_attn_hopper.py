@@ -37,7 +37,7 @@ def take(taken):
     return place
 
 
-STAND_INS = dict(_shrunk=shrunk, _at_once=lambda x: x, _declare_vote=lambda: None,
+STAND_INS = dict(_shrunk=shrunk, _at_once=lambda x: x, _declare_any_lane=lambda: None,
                  _has_greater=lambda x, y: bool((x > y).any()), _take=take,
                  _answer=lambda ticket: gluon_on_threads.LANGUAGE.num_programs(0) + ticket)
 THREADS = {late: Launcher(sparse_attn_hopper, "forward_kernel", late, **STAND_INS) for late in ("products", "copies")}
