@@ -1,8 +1,10 @@
 """The compiled part: the ops of flashvsr_kernels._C, and the facts of their build (flashvsr_kernels._build).
 """
 
+import functools
 import importlib
 import importlib.util
+import re
 
 import torch
 
@@ -35,7 +37,23 @@ def cuda_available() -> str | None:
         reason = "no CUDA device, or this torch is built without CUDA"
     if reason is None and torch.cuda.get_device_capability() < (8, 0):
         reason = f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
+    if reason is None and not _made_for(torch.cuda.get_device_capability()):
+        reason = (f"flashvsr_kernels._C is built for {', '.join(facts()['cuda'])}, which {torch.cuda.get_device_name()} "
+                  "does not run (build it again, FLASHVSR_CUDA_ARCHS tells for what)")
     return reason
+
+
+@functools.cache  # asked at each call of an op
+def _made_for(capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled: machine code of its major version and no higher minor one, or PTX of no
+    higher version. Yes where the facts of the build are missing.
+    """
+    for arch in facts().get("cuda", ["0+PTX"]):
+        number, ptx = re.fullmatch(r"(\d+)[a-z]?(\+PTX)?", arch).groups()
+        made_for = divmod(int(number), 10)
+        if made_for <= capability and (ptx or made_for[0] == capability[0]):
+            return True
+    return False
 
 
 def built(op: str) -> str | None:

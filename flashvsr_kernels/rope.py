@@ -16,7 +16,7 @@ def rope_table(positions: Tensor, pairs: int) -> Tensor:
     """Rotations of one axis: complex64 (n, pairs), exp(i * p * 10000^(-2j / (2 * pairs))) for integer
     positions p.
 
-    Angles are taken in float64, so a table is exact for any position up to 2^40.
+    Angles are taken in float64: up to position 2^29 a table is exact to complex64's rounding.
     """
     theta = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angle = positions.double().cpu()[:, None] * theta

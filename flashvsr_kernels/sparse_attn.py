@@ -21,7 +21,8 @@ def sparse_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, *, sc
        fp16, hopper and cuda with scale > 0 and rows 16-byte aligned; "cpu" (C++; float32, float64 and bf16);
        "reference" (PyTorch); None for the first of them that can run the call
     Returns (B, Lq, H, D), and with return_lse the natural log of each row's sum of exponentials, float32
-    (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse. Gradients on a GPU are made from
+    (B, H, Lq), -inf where a row has no key. Differentiable in q, k and v, not through lse: by the backend of the
+    call or, as cuda and cpu have no backward, by the first that has one. Gradients on a GPU are made from
     the result as rounded to q's dtype, with two keys about 1.2 times plain PyTorch's error, less than it from five.
     Raises ValueError on a bad argument, NotImplementedError with each backend's reason if none can run the
     call.

@@ -19,11 +19,13 @@ Kept: the time of every frame, audio and subtitle streams (packets copied, not e
 attachments, chapters, metadata, colour tags, sample aspect ratio, more than 8 bits where the codec has
 them. A turned video stays turned by its display matrix in mp4, mov, mkv and webm; in ts and in a folder
 its pixels are turned. A stream that OUT's container cannot hold is left out, with a line that says so.
-yuv420p cannot have odd sizes: yuv444p is written for them, nothing is cropped. OUT begins at time zero.
+yuv420p cannot have odd sizes: yuv422p or yuv444p is written for them, nothing is cropped. OUT begins at
+time zero.
 
 OUT gets its name when it is complete. Ctrl-C ends it with the frames done so far (exit status 130).
-If IN breaks off, is damaged or truncated, what could be read is upscaled and kept under OUT, a line
-says so, and the exit status is 1. Other failures leave nothing: 1, or 2 for wrong usage."""
+If IN breaks off, is damaged or truncated (pictures of a folder, but not its first), what could be read is
+upscaled and kept under OUT, a line says so, and the exit status is 1. Other failures leave nothing: 1, or 2
+for wrong usage."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     weights = commands.add_parser("weights", help="look at weight files")
     verify = weights.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
         "verify", help="say what each file of a folder is",
-        description="Hashes every file of a folder with official weights and says what it is.")
+        description="Hashes every weight file of a folder with official weights and says what it is.")
     verify.add_argument("folder", metavar="DIR")
     return parser
 
@@ -128,7 +130,7 @@ def _add_upscale(up: argparse.ArgumentParser) -> None:
     out.add_argument("--compare", metavar="PNG",
                      help="also write one frame side by side: bicubic | FlashVSR | truth")
     out.add_argument("--compare-frame", type=number(int, 0), metavar="N",
-                     help="which frame (default the middle one)")
+                     help="which frame (default the middle one; the first where IN does not say how many it has)")
     out.add_argument("--truth", metavar="FILE",
                      help="video, or picture of that frame, for --compare's third panel")
 

@@ -93,4 +93,7 @@ def _advice(table: dict[str, dict[str, str | None]]) -> list[str]:
     if "cuda" in refused and torch.cuda.is_available():
         nvcc = "" if shutil.which("nvcc") else "the CUDA toolkit's nvcc on PATH, then "
         lines.append(f"CUDA kernels: {nvcc}pip install --no-build-isolation . in the source folder")
-    return lines or ["nothing: every backend runs here"]
+    if torch.cuda.is_available():
+        lines += sorted({f"Triton kernels: {reason}" for state in table.values() for name, reason in state.items()
+                         if name == "triton" and reason is not None})
+    return lines or ["nothing: " + ("the others need another GPU" if refused else "every backend runs here")]

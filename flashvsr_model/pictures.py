@@ -43,12 +43,16 @@ def open_folder(folder: Path, start: float, frames: int | None, rate: Fraction) 
                         f"{rate} to the second)")
     first = read_picture(paths[0])
     check(first, str(paths[0]))
-    depth, reformatter = bits(first.format), VideoReformatter()
+    depth, reformatter, problems = bits(first.format), VideoReformatter(), []
 
     def pictures() -> Iterator[Picture]:
         size, unique = None, len({p.stem for p in paths}) == len(paths)
         for number, path in enumerate(paths):
-            frame = read_picture(path)
+            try:
+                frame = read_picture(path)
+            except UserError as error:
+                problems.append(f"{error}; it is left out")
+                continue
             check(frame, str(path))
             rgb = upright(to_rgb(frame, Tags.of(frame), reformatter), display_matrix(frame))
             if rgb.dtype == np.uint8 and depth > 8:
@@ -65,7 +69,8 @@ def open_folder(folder: Path, start: float, frames: int | None, rate: Fraction) 
     height, width = upright(np.empty((first.height, first.width, 3), np.uint8),
                             display_matrix(first)).shape[:2]
     tags = Tags(UNSPECIFIED, UNSPECIFIED, RGB, 0)       # what the arrays are, whatever the files held
-    return Clip(str(folder), width, height, rate, 1 / rate, depth, "rgb", tags, len(paths), items=pictures())
+    return Clip(str(folder), width, height, rate, 1 / rate, depth, "rgb", tags, len(paths), items=pictures(),
+                problems=problems)
 
 
 class FolderWriter:

@@ -69,7 +69,7 @@ class StreamingUpscaler:
         out_dtype: of the result, torch.uint8, or torch.float32 in [0, 1] for more than 8 bits
         graphs: record steady chunks as CUDA graphs, one for each slot of the K/V ring: less work for the host;
            None: in 16 bits where Triton's kernels run, as all of those can be recorded
-        Raises ValueError if the size is under 16x16, or too large for sparse_ratio, or for graphs without CUDA.
+        Raises ValueError if the size is under 16x16, or too small for sparse_ratio, or for graphs without CUDA.
         """
         g = Geometry.of(height, width, self.config.margin)
         if self.config.topk(g.padded_height, g.padded_width) < 1:

@@ -184,7 +184,8 @@ class _Decoder:
                 self._set_time(frame)
                 if self.start <= 0 or self._time(frame) >= self.from_seconds:
                     yield frame
-        self._judge()
+        self._tell_damage()
+        self._judge_length()
 
     def _demux(self) -> Iterator[av.Packet]:
         streams = [self.stream] + [s for s in self.copies if s.type != "attachment"]
@@ -203,11 +204,13 @@ class _Decoder:
         except av.FFmpegError as error:
             self.problems.append(f"{self.name} breaks off: {error_text(error)}")
 
-    def _judge(self) -> None:
-        """At the end of the file: does it hold what its header states?"""
+    def _tell_damage(self) -> None:
         if self.broken:
             self.problems.append(f"{self.name} is damaged: {self.broken} packets "
                                  f"could not be decoded ({self.why})")
+
+    def _judge_length(self) -> None:
+        """At the end of the file: does it hold what its header states?"""
         promised = self._promised()
         # Matroska's is an end
         start = (self.stream.start_time or 0) * self.tick if self.stream.duration else 0
@@ -227,6 +230,7 @@ class _Decoder:
             yield Picture(rgb, frame.pts - shift, frame.duration)
             self.count += 1
             if self.count == self.frames:
+                self._tell_damage()
                 yield from self._tail((frame.pts + frame.duration) * self.tick)
                 return
             frame = next(frames, None)

@@ -37,9 +37,9 @@ def pixel_format(codec: av.Codec, chroma: str, depth: int, width: int, height: i
     """The codec's pixel format nearest to the input's: its depth first, then its chroma, more rather than
     less.
 
-    chroma: "420", "422", "444" or "rgb". An odd width rules out 422 and 420, an odd height 420: 444 is taken,
-    nothing is cropped. RGB input stays RGB only in a codec that is lossless by nature. Raises UserError if
-    none fits.
+    chroma: "420", "422", "444" or "rgb". An odd width rules out 422 and 420, an odd height 420: one of the
+    others is taken, nothing is cropped. RGB input stays RGB only in a codec that is lossless by nature. Raises
+    UserError if none fits.
     """
     have = {f.name for f in codec.video_formats or []}
     depths = [d for d in (8, 10, 12, 14, 16) if d >= depth] + [d for d in (14, 12, 10, 8) if d < depth]

@@ -267,7 +267,8 @@ def _decide_version(folder: Path, sums: Mapping[str, str], version: str | None) 
         choice = " or ".join(f'version="{fit}"' for fit in fitting)
         known = f"; {_said(told)}" if told else ""
         raise WeightsError(f"{folder}: {listed('unknown sha256', hashes)}{known}; parts of v1 and v1.1 must "
-                           f"not be mixed: say which with {choice} (v1's hashes are unknown)", unknown)
+                           f"not be mixed: say which with {choice}, on the command line with --model-version (v1's "
+                           "hashes are unknown)", unknown)
     return version or fitting[0]
 
 
@@ -279,7 +280,7 @@ def _inspect(path: Path) -> FileRecord:
         what = f"{part.what}; {' and '.join(known.versions)}"
     elif part:
         sizes = " or ".join(f"{one.size:,} in {' and '.join(one.versions)}" for one in part.known)
-        what = f"{part.what}; unknown sha256, loads only with version= (bytes: {size:,}; {sizes})"
+        what = f"{part.what}; unknown sha256, loads only with version= or --model-version (bytes: {size:,}; {sizes})"
     else:
         what = "not an official file"
     try:

@@ -113,6 +113,21 @@ def test_this_tree_has_its_native_part():
     assert bool(facts["cuda"]) == bool(facts["nvcc"])
 
 
+@pytest.mark.skipif(_native.available() is not None, reason=str(_native.available()))
+@pytest.mark.parametrize("archs, capability, runs", [
+    ("90", (9, 0), True), ("90a", (9, 0), True), ("90", (8, 9), False), ("90", (10, 0), False), ("86", (8, 0), False),
+    ("80", (8, 7), True), ("86;100", (10, 3), True), ("90;80+PTX", (12, 0), True), ("90+PTX", (8, 6), False)])
+def test_which_gpus_run_what_was_built(monkeypatch, archs, capability, runs):
+    monkeypatch.setattr(_native, "facts", lambda: {"cuda": archs.split(";")})
+    monkeypatch.setattr(_native, "_has", lambda *part: None)
+    for name, value in dict(is_available=True, get_device_capability=capability, get_device_name="GPU").items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    _native._made_for.cache_clear()
+    reason = _native.cuda_available()
+    _native._made_for.cache_clear()
+    assert (reason is None) == runs and (runs or f"is built for {archs.replace(';', ', ')}" in reason)
+
+
 class MallocInfo(ctypes.Structure):
     """<malloc.h>'s mallinfo2."""
     _fields_ = [(name, ctypes.c_size_t) for name in (

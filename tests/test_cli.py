@@ -292,6 +292,30 @@ def test_a_truncated_video_is_kept_and_said(tmp_path, capsys):
     assert 20 < frames < 40 and "truncated" in error and f"its {frames} frames are in" in error
 
 
+@pytest.mark.parametrize("limit", [[], ["--frames", "8"]], ids=["all", "8 frames"])
+def test_a_damaged_video_is_kept_and_said(tmp_path, capsys, limit):
+    source = write_video(tmp_path / "in.mov", moving(12), codec="png", pix_fmt="rgb24")
+    data = source.read_bytes()
+    at = [found.start() for found in re.finditer(b"\x89PNG", data)][3]
+    source.write_bytes(data[:at] + b"XXXX" + data[at + 4:])
+    assert flashvsr("upscale", source, tmp_path / "out.mp4", *limit) == 1
+    frames = 8 if limit else 11
+    error = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert "is damaged: 1 packets could not be decoded" in error and f"its {frames} frames are in" in error
+    assert len(facts(tmp_path / "out.mp4")["frames"]) == frames
+
+
+def test_a_folder_with_a_broken_picture_is_kept_and_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number, frame in enumerate(moving(5)):
+        av.VideoFrame.from_ndarray(frame).to_image().save(tmp_path / "in" / f"{number}.png")
+    (tmp_path / "in" / "2.png").write_bytes(b"\x89PNG....")
+    assert flashvsr("upscale", tmp_path / "in", tmp_path / "out") == 1
+    error = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert "2.png: not a readable picture" in error and "its 4 frames are in" in error
+    assert left(tmp_path / "out") == ["0.png", "1.png", "3.png", "4.png"]
+
+
 @pytest.mark.parametrize("truth", [None, "video", "picture"])
 def test_compare(tmp_path, truth):
     frames = moving(30)
@@ -358,6 +382,17 @@ def test_doctor_on_a_machine_that_lacks_everything(monkeypatch):
     assert "sparse_attn           reference   cpu: not built" in lines
     assert "compiler  no c++ on PATH" in lines and "nvcc      no nvcc on PATH" in lines
     assert any("apt install g++" in line for line in lines[lines.index("to change that"):])
+
+
+@pytest.mark.parametrize("reasons, says", [
+    ({"hopper": "needs 9.0", "triton": "needs Triton 3.6, here is 3.5"}, ["Triton kernels: needs Triton 3.6, here is 3.5"]),
+    ({"hopper": "needs 9.0", "triton": None}, ["nothing: the others need another GPU"]),
+    ({"hopper": None, "triton": None}, ["nothing: every backend runs here"])], ids=["triton", "hopper", "all"])
+def test_doctor_on_a_gpu(monkeypatch, reasons, says):
+    monkeypatch.setattr("flashvsr_model.doctor.backends", lambda: {"sparse_attn": reasons, "conv3x3": reasons})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    lines = report()
+    assert lines[lines.index("to change that") + 1:] == [f"- {line}" for line in says]
 
 
 def test_weights_verify_says_what_is_missing(tmp_path, capsys):
