@@ -8,10 +8,10 @@ one multiplies, the other computes its exponentials. Inside a warpgroup the prod
 the softmax of the current one.
 
 bf16 holds the maximum of a row fixed at that of its first block: later blocks need no maximum, no exchange
-between lanes and no rescaling. As bf16 has float32's exponents, this is as good as the running maximum,
-unless keys outgrow the first block so far that they have nearly all of a row's weight: alone or equal, they weigh
-1, 1 / 2 ... exactly, but P, 1 under their own maximum, is rounded to bf16 in the product and not in the sum. A block
-with such a key triples a lane's share of the sum; then the warp takes the maxima of this block.
+between lanes and no rescaling. bf16 has float32's exponents, but P is rounded to it in the product and not in the sum.
+Under their own maximum keys with all of a row's weight, one or equal ones, have the P 1, which needs no rounding. So
+where a block triples a lane's share of the sum, the warp takes the maxima of this block. Equal keys that outgrow the
+first block by less carry one rounding more than under the running maximum.
 When a row's sum passes 2^60 or a sum of products is not finite, or when scores are so large (2^12 in base 2) that their
 product with the scale cannot be rounded once, the program runs the block again with the running maximum, after it
 has served all its blocks.

@@ -8,8 +8,8 @@ import torch
 
 triton = pytest.importorskip("triton", "3.6")
 
-from flashvsr_kernels import BlockMask, backends, reference, sparse_attn, sparse_attn_hopper
-from tests import error_rule, gluon_on_threads
+from flashvsr_kernels import BlockMask, backends, sparse_attn, sparse_attn_hopper
+from tests import gluon_on_threads
 from tests.error_rule import check_attention
 from tests.gluon_on_threads import Launcher, planted
 from tests.other_work import changed, with_and_without_others
@@ -72,10 +72,10 @@ def call(q, k, v, mask, scale=None):
     return sparse_attn_hopper.forward(q, k, v, lists.index, lists.count, lists.order, scale)
 
 
-def check(q, k, v, mask, scale=None):
+def check(q, k, v, mask, scale=None, **options):
     out, lse = call(q, k, v, mask, scale)
     assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
-    check_attention(out, lse, q, k, v, mask, scale, lse_tolerance=1e-5)
+    check_attention(out, lse, q, k, v, mask, scale, lse_tolerance=1e-5, **options)
 
 
 @pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL.keys())
@@ -101,7 +101,7 @@ def test_rows_that_need_the_running_maximum(device, rows):
 
 
 def growing(blocks, device):
-    """Each block's keys weigh 2.7 to 2.9 times those of the one served before: none outgrows the sum of all at once."""
+    """Each block's keys weigh 2.7 to 2.9 times those of the one before: from the fourth on none triples the sum."""
     q, k, v, mask = make(1, 128, 128 * blocks, 1, 64, device=device)
     mask[...] = True
     q[..., 1:], q[..., 0] = 0, torch.linspace(8.08, 8.4, 128, device=device)[:, None]
@@ -197,9 +197,9 @@ def test_growth_past_the_first_block(dtype, factor):
 
 @needs_hopper
 @pytest.mark.parametrize("at", [0, 500, 1023], ids=["first key", "a key between", "last key"])
-@pytest.mark.parametrize("gain", [1, 5, 10, 20, 41, 43, 80, 1e3])
+@pytest.mark.parametrize("gain", [1, 5, 10, 20, 60, 87, 89, 91, 1e3])
 def test_one_hot_key(gain, at):
-    """One row in one warpgroup has all its weight on one key, and its sum passes 2^60 or not."""
+    """One row in one warpgroup has all its weight on one key, whose P is finite (to a gain of 88.7) or not."""
     q, k, v, mask = make()
     mask[...] = True
     k[:, at] = q[:, 300] * gain / 11.3
@@ -208,9 +208,10 @@ def test_one_hot_key(gain, at):
 
 def test_sum_at_the_limit(device):
     """Row sums on both sides of 2^60 in one block: the verdict is the block's, results are right on both."""
-    q, k, v, mask = growing(36, device)
+    q, k, v, mask = growing(38, device)
     s = q[0, :, 0].double() @ k[0, :, 0].double().T / 8
-    sums = (s - s[:, -128:].amax(1, keepdim=True)).logsumexp(1) / math.log(2)
+    third = s[:, -384:-256]  # served: whose maxima are taken last
+    sums = (s - third.amax(1, keepdim=True)).logsumexp(1) / math.log(2)
     assert sums.min() < 59.5 and sums.max() > 60.3
     check(q, k, v, mask)
 
@@ -222,6 +223,18 @@ def test_sum_at_the_limit(device):
 def test_weight_on_equal_keys(device, at, D, seed):
     """Plain PyTorch's weights, 1, 1 / 2 ... of them, are exact or nearly so."""
     check(*equal_keys(at, device, D, seed))
+
+
+@pytest.mark.parametrize("keys", [1, 128], ids=["one a block", "all"])
+def test_equal_keys_that_outgrow_by_little(device, keys):
+    """Plain PyTorch's weights are nearly exact, P lies between two bf16: one rounding more is what that may cost."""
+    q, k, v, mask = make(1, 128, 17 * 128, 1, 64, device=device)
+    mask[...] = True
+    q[...], k[...] = 0, 0
+    q[..., 0], k[..., 0] = 8, -25
+    blocks = k.view(17, 128, 64)
+    blocks[:, :keys, 0], blocks[-1, :keys, 0] = 0, -.0039
+    check(q, k, v, mask, roundings=1)
 
 
 @needs_hopper
@@ -301,7 +314,7 @@ def test_programs_that_serve_many_tiles_run_some_again(Lk, every):
     """More than four tiles a program; rows that need the running maximum in all of a program's, in some, in one."""
     q, k, v, mask = make(1, 6400, Lk, 12)
     mask[0, 3] = mask[0, :, 20:22] = False
-    q[:, 5::every] *= 100
+    q[:, 5::every] *= 1000
     check(q, k, v, mask)
 
 
@@ -310,7 +323,7 @@ def test_programs_that_serve_many_tiles_run_some_again(Lk, every):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_same_bits_500_times(dtype, others):
     q, k, v, mask = make(1, 8448, 4096, 4, dtype=dtype)
-    q[:, ::300] *= 20  # some blocks run again
+    q[:, ::300] *= 1000  # the blocks of these rows run again
     assert changed(lambda: call(q, k, v, mask), others) == 0
 
 
