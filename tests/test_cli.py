@@ -297,7 +297,7 @@ def test_a_damaged_video_is_kept_and_said(tmp_path, capsys, limit):
     source = write_video(tmp_path / "in.mov", moving(12), codec="png", pix_fmt="rgb24")
     data = source.read_bytes()
     at = [found.start() for found in re.finditer(b"\x89PNG", data)][3]
-    source.write_bytes(data[:at] + b"XXXX" + data[at + 4:])
+    source.write_bytes(data[:at] + bytes(4) + data[at + 4:])
     assert flashvsr("upscale", source, tmp_path / "out.mp4", *limit) == 1
     frames = 8 if limit else 11
     error = next(line for line in capsys.readouterr().err.splitlines() if "error" in line)
@@ -385,7 +385,7 @@ def test_doctor_on_a_machine_that_lacks_everything(monkeypatch):
 
 
 @pytest.mark.parametrize("reasons, says", [
-    ({"hopper": "needs 9.0", "triton": "needs Triton 3.6, here is 3.5"}, ["Triton kernels: needs Triton 3.6, here is 3.5"]),
+    ({"hopper": "needs 9.0", "triton": "is too old"}, ["Triton kernels: is too old"]),
     ({"hopper": "needs 9.0", "triton": None}, ["nothing: the others need another GPU"]),
     ({"hopper": None, "triton": None}, ["nothing: every backend runs here"])], ids=["triton", "hopper", "all"])
 def test_doctor_on_a_gpu(monkeypatch, reasons, says):

@@ -31,10 +31,10 @@ def check_call(*call):
     out = conv3d_triton.forward(*call)
     assert out.dtype == call[0].dtype and out.is_contiguous()
     exact = reference.causal_conv3d(*(None if x is None else x.double() for x in call))
-    # What is rounded in front of the norm, whose scale is of what was not. Where one channel has nearly all of a pixel,
-    # such as where there is no other, that cancels in plain PyTorch, whose scale is of what was rounded.
-    rounding = 0 if call[4] is None else torch.finfo(out.dtype).eps / 2 * exact.abs()
-    check(out, reference.causal_conv3d(*call), exact, allowed=rounding)
+    # What is rounded in front of the norm, whose scale is of what was not. Where one of few channels has nearly all of
+    # a pixel, that cancels in plain PyTorch, whose scale is of what was rounded.
+    few = call[4] is not None and len(call[4]) < 5
+    check(out, reference.causal_conv3d(*call), exact, allowed=torch.finfo(out.dtype).eps / 2 * exact.abs() * few)
     return out
 
 

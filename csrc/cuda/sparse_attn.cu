@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_attn(const __grid_constant
 
     // top follows the maximum only when a row of the warp has outgrown it; what came before shrinks then. A
     // list's first tile has a key, so top is finite from then on. Keys with all of a row's weight, one or equal
-    // ones, should have the weight 1, which needs no rounding: so where one is more than twice what a lane has (and 1)
-    // top follows too. Equal ones that outgrow it by less carry one rounding more than under the maximum.
+    // ones, should have the weight 1, which needs no rounding: so top follows too where one is heavier than twice a
+    // lane's sum and 1. Equal ones that outgrow it by less carry one rounding more than under the maximum.
     float most[kRowTiles][2];
     bool grown = false;
 #pragma unroll
